@@ -1,0 +1,193 @@
+"""From a storyboard to a video.
+
+    python sample.py --stage 9s                                             # a storyboard that training never saw
+    python sample.py --stage 9s --storyboard story.txt --out video.mp4      # your own, in Format 3, JSON or JSONL
+    python sample.py --stage 63s --layer local --seed 7
+
+Writes the video as mp4 and GIF, and a contact sheet as PNG: a row a scene, each frame with its time.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+import dataset
+from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
+from ttt_minute import LAYERS, PRESETS, STAGES, Config, alphas_cumprod, load_checkpoint, pick_device, read_checkpoint, run_folder
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Diffusion backwards (appendix A)
+# ----------------------------------------------------------------------------------------------------
+
+
+def guidance_scale(i, steps, low=1.0, high=4.0, power=5.0):
+    """Dynamic guidance at step i of 0 .. steps-1: rises from low to high along a cosine, late. One step means low."""
+    progress = i / (steps - 1) if steps > 1 else 0.0
+    return low + (high - low) * (1 - math.cos(math.pi * progress ** power)) / 2
+
+
+@torch.no_grad()
+def ddim(model, noise, text, negative=None, steps=50, guidance=(1.0, 4.0), power=5.0):
+    """DDIM with v-prediction: noise [B, T, C, h, w] and text [B, S, N, text_dim] -> latents [B, T, C, h, w].
+
+    Timesteps are trailing (999, 979, ... for 50 steps). `negative` [B, S, N, text_dim] is what to move away from, zeros
+    where there is none: what prompt dropout trained. DIFF: the published code encodes the empty string, and samples
+    with a stochastic solver whose guidance reads a timestep where its formula wants a step index; this is the paper's text.
+    """
+    alpha_bar = alphas_cumprod(model.config.snr_shift)
+    timesteps = torch.arange(1000, 0, -1000 / steps).round().long() - 1
+    negative = torch.zeros_like(text) if negative is None else negative
+    x = noise
+    for i, t in enumerate(tqdm(timesteps.tolist(), desc="sample", unit="step", leave=False, dynamic_ncols=True)):
+        batch_t = torch.full((len(x),), t, device=x.device)
+        w = guidance_scale(i, steps, *guidance, power)
+        v = model(x, text, batch_t).float()
+        if w != 1:
+            v_negative = model(x, negative, batch_t).float()
+            v = v_negative + w * (v - v_negative)
+        a, s = alpha_bar[t].sqrt().item(), (1 - alpha_bar[t]).sqrt().item()
+        x_0, e = a * x - s * v, a * v + s * x
+        next_bar = alpha_bar[timesteps[i + 1]].item() if i + 1 < steps else 1.0
+        x = math.sqrt(next_bar) * x_0 + math.sqrt(1 - next_bar) * e
+    return x
+
+
+def generate(model, board, text_encoder, seed=0, device="cpu", where="storyboard", **settings):
+    """A storyboard (a list of Segments) -> latents [T, C, h, w]; everything random comes from the seed."""
+    config = model.config
+    text = text_encoder.encode([segment.text for segment in board], where=where)[None].to(device)
+    negative = text_encoder.encode([segment.negative or "" for segment in board], where=f"{where} (negative)")[None].to(device)
+    shape = 1, 12 * len(board) + 1, config.channels, config.height, config.width
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda"):
+        latents = ddim(model, noise, text, negative, **settings)[0]
+    if not latents.isfinite().all():
+        raise UserError("sampling gave numbers that are not finite; the checkpoint is not usable, train its stage again")
+    return latents.cpu()
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Pictures and video
+# ----------------------------------------------------------------------------------------------------
+
+
+def enlarge(frames, factor):
+    """uint8 frames [n, h, w, 3] -> [n, factor h, factor w, 3], smoothly."""
+    from PIL import Image
+    size = frames.shape[2] * factor, frames.shape[1] * factor
+    return np.stack([Image.fromarray(frame).resize(size, Image.LANCZOS) for frame in frames])
+
+
+def contact_sheet(frames, board, columns=6):
+    """One row a scene: its first words, then frames evenly spread over it, each with its time in seconds."""
+    from PIL import Image, ImageDraw
+    height, width = frames.shape[1:3]
+    factor = max(1, round(192 / width))
+    height, width = height * factor, width * factor
+    scenes = sorted({segment.scene for segment in board})
+    margin, caption = 4, 16
+    row = height + 2 * caption + margin
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, len(scenes) * row + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, scene in enumerate(scenes):
+        own = [i for i, segment in enumerate(board) if segment.scene == scene]
+        words = board[own[0]].text.removeprefix(dataset.START).removesuffix(dataset.END).strip()
+        while pen.textlength(words) > sheet.width - 2 * margin:
+            words = words[:-5].rstrip(" .") + " ..."
+        pen.text((margin, y * row + margin), words, fill="black")
+        for x, frame in enumerate(np.linspace(SEGMENT * own[0], SEGMENT * (own[-1] + 1) - 1, columns).round().astype(int)):
+            corner = margin + x * (width + margin), y * row + caption + margin
+            sheet.paste(Image.fromarray(enlarge(frames[frame:frame + 1], factor)[0]), corner)
+            pen.text((corner[0], corner[1] + height), f"{frame / FPS:.1f} s", fill="gray")
+    return sheet
+
+
+def save_video(frames, board, path):
+    """Write path (.mp4), and beside it the same as .gif (8 frames a second) and a contact sheet as .png."""
+    import imageio
+    path = Path(path)
+    factor = max(1, round(384 / frames.shape[2]))
+    with atomic(path) as temporary:
+        dataset.write_video(temporary, enlarge(frames, factor))
+    with atomic(path.with_suffix(".gif")) as temporary:
+        imageio.mimwrite(temporary, enlarge(frames[::2], max(1, factor // 2)), duration=2000 / FPS, loop=0)
+    with atomic(path.with_suffix(".png")) as temporary:
+        contact_sheet(frames, board).save(temporary)
+
+
+def held_out(segments, seed=0):
+    """A storyboard of the pocket world that no training run has seen."""
+    return list(dataset.episode(dataset.TEST_SEEDS + seed, segments).segments)
+
+
+def show_stage(model, folder, segments, device):
+    """The sample that ends a training stage: sample.mp4, .gif and .png beside its checkpoint."""
+    config = model.config
+    board = held_out(segments, config.seed)
+    latents = generate(model.eval(), board, dataset.PocketText(config.text_len, config.text_dim), config.seed, device)
+    save_video(dataset.PocketCodec().decode(latents), board, folder / "sample.mp4")
+    print(f"look at {folder / 'sample.png'}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. The command line
+# ----------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(out_dir, config, stage):
+    """A trained stage in out/, else one that ships in assets/."""
+    own = run_folder(out_dir, config, stage) / "model.safetensors"
+    shipped = Path(__file__).parent / "assets" / f"{config.preset}-{config.layer}-{stage}.safetensors"
+    for path in (own, shipped):
+        if path.exists():
+            return path
+    raise UserError(f"{own} is missing; train it with: python ttt_minute.py --stage {stage} --layer {config.layer} --preset {config.preset}")
+
+
+def main():
+    parser = Parser("sample.py", description="Turn a storyboard into a video with a trained stage.",
+                    epilog="example: python sample.py --stage 9s --storyboard story.txt --out video.mp4")
+    parser.add_argument("--stage", choices=list(STAGES), default="9s", help="the stage that was trained (default 9s)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="pocket")
+    parser.add_argument("--layer", choices=list(LAYERS), default="ttt_mlp")
+    parser.add_argument("--storyboard", help="Format 3 text (.txt), JSON or JSONL; a paragraph is 3 seconds (default: a held-out one)")
+    parser.add_argument("--out", help="the video to write (default: OUT_DIR/PRESET-LAYER/STAGE/video.mp4)")
+    parser.add_argument("--out_dir", default="out", help="where runs were written (default out)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the held-out storyboard")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"), help="guidance at the first and the last step (default 1 4)")
+    parser.add_argument("--negative", help="what to move away from, for segments whose storyboard names nothing")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    args = parser.parse_args()
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps {args.steps}: between 1 and 1000 is needed")
+    path = find_checkpoint(args.out_dir, Config(preset=args.preset, layer=args.layer), args.stage)
+    boards = dataset.parse_storyboard(args.storyboard) if args.storyboard else [held_out(STAGES[args.stage].segments, args.seed)]
+    out = Path(args.out or run_folder(args.out_dir, Config(preset=args.preset, layer=args.layer), args.stage) / "video.mp4")
+    if out.suffix != ".mp4":
+        raise UserError(f"--out {out}: the name must end in .mp4")
+
+    codec, device = dataset.PocketCodec(), pick_device(args.device)
+    model = load_checkpoint(path).to(device).eval()
+    made_by = read_checkpoint(path)[1]["codec"]
+    if made_by != codec.id:
+        raise UserError(f"{path} was trained on latents of codec {made_by}, this is {codec.id}; train the stage again with --overwrite")
+    text_encoder = dataset.PocketText(model.config.text_len, model.config.text_dim)
+    for number, board in enumerate(boards, 1):
+        name = out if len(boards) == 1 else out.with_stem(f"{out.stem}-{number}")
+        board = [dataset.Segment(s.text, s.negative or args.negative, s.scene) for s in board]
+        begin = time.perf_counter()
+        latents = generate(model, board, text_encoder, args.seed, device, args.storyboard or "held-out storyboard",
+                           steps=args.steps, guidance=tuple(args.guidance))
+        save_video(codec.decode(latents), board, name)
+        print(f"{name}: {3 * len(board)} seconds of video in {time.perf_counter() - begin:.0f} s; contact sheet {name.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    from sample import main         # as one module, so that errors raised elsewhere are the errors caught here
+    run_main(main)

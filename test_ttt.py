@@ -1,0 +1,493 @@
+"""The specification as tests, in the order of the paper; and the benchmark.
+
+    python -m pytest -q test_ttt.py           # on a laptop, without a GPU
+    python test_ttt.py --bench                # time and memory of the scan and of a training step
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file
+
+import dataset
+import sample
+import ttt_minute
+from dataset import UserError
+from ttt_minute import (STAGES, TTT, Config, DiT, FullAttention, Layout, LocalAttention, Stage, alphas_cumprod, decays, diffusion_loss,
+                        gelu_derivatives, is_new, load_checkpoint, lr_at, make_optimizer, rope_table, rotate, scan_order, scan_rope,
+                        step_autograd, trains, ttt_scan)
+
+TINY = Config(channels=4, height=4, width=6, text_len=3, text_dim=8, depth=2, heads=2, head_width=16, time_dim=16, mini_batch=8, eta_mlp=3.0)
+
+
+def relative(x, y):
+    return ((x - y).norm() / y.norm().clamp_min(1e-30)).item()
+
+
+def random_latents(config, segments, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, 12 * segments + 1, config.channels, config.height, config.width, generator=generator)
+    text = torch.randn(batch, segments, config.text_len, config.text_dim, generator=generator)
+    return latents, text
+
+
+# ----------------------------------------------------------------------------------------------------
+# The inner loop (sections 2.2, 2.3, 3.4)
+# ----------------------------------------------------------------------------------------------------
+
+
+def scan_inputs(kind, B=2, H=3, L=37, width=8, dtype=torch.float64, std=0.3, eta=0.3):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    E = width if kind == "linear" else 4 * width
+    weights = [std * normal(H, width, E), 0.1 * normal(H, E)]
+    if kind == "mlp":
+        weights += [std * normal(H, E, width), 0.1 * normal(H, width)]
+    q, k = (F.normalize(normal(B, H, L, width), dim=-1) for _ in "qk")
+    v, step = normal(B, H, L, width), eta * torch.rand(B, H, L, generator=generator).to(dtype)
+    return weights, [q, k, v, step, 1 + 0.1 * normal(H, width), 0.1 * normal(H, width)]
+
+
+def scan_gradients(kind, weights, inputs, backend, mini_batch=8, checkpoint=2):
+    """Output, last weights and every gradient, by name, of a loss that reads both results."""
+    leaves = [x.detach().clone().requires_grad_() for x in (*weights, *inputs)]
+    out, last = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], mini_batch, backend=backend, checkpoint=checkpoint)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum() for y in (out, *last))
+    names = ["W1", "b1", "W2", "b2"][:len(weights)]
+    gradients = dict(zip(names + ["q", "k", "v", "eta", "ln_gamma", "ln_beta"], torch.autograd.grad(loss, leaves)))
+    return {"out": out, **{f"last {name}": w for name, w in zip(names, last)}, **{f"d {name}": g for name, g in gradients.items()}}
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("backend", ["dual", "torch"])
+@pytest.mark.parametrize("L, mini_batch, checkpoint", [(37, 8, 2), (16, 16, 1), (5, 8, 3), (1, 4, 4), (64, 16, 16)])
+def test_every_form_equals_the_definition_with_all_gradients(kind, backend, L, mini_batch, checkpoint):
+    """Eq 13 and 14 by autograd, by the naive dual form, by the primal form with its closed-form backward."""
+    weights, inputs = scan_inputs(kind, L=L)
+    definition = scan_gradients(kind, weights, inputs, "autograd", mini_batch, checkpoint)
+    for name, value in scan_gradients(kind, weights, inputs, backend, mini_batch, checkpoint).items():
+        assert relative(value, definition[name]) < 1e-11, name
+
+
+def test_gelu_and_its_derivatives_are_those_of_autograd():
+    x = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
+    y = F.gelu(x, approximate="tanh")
+    first, = torch.autograd.grad(y.sum(), x, create_graph=True)
+    second, = torch.autograd.grad(first.sum(), x)
+    for mine, theirs in zip(gelu_derivatives(x, order=2), (y, first, second)):
+        assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_without_steps_the_output_is_q_plus_layernorm_of_f(kind):
+    weights, (q, k, v, eta, gamma, beta) = scan_inputs(kind)
+    out, last = ttt_scan(kind, weights, q, k, v, 0 * eta, gamma, beta, 8)
+    y = q @ weights[0] + weights[1][:, None]
+    if kind == "mlp":
+        y = F.gelu(y, approximate="tanh") @ weights[2] + weights[3][:, None]
+    expected = q + gamma[:, None] * F.layer_norm(y, y.shape[-1:], eps=1e-8) + beta[:, None]
+    assert relative(out, expected) < 1e-12
+    for before, after in zip(weights, last):
+        assert torch.equal(before.expand_as(after), after)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_ragged_last_mini_batch_is_one_smaller_step(kind):
+    """Padding changes nothing: the last 5 of 37 tokens are a step of 5 tokens."""
+    weights, inputs = scan_inputs(kind, B=1)
+    out, last = ttt_scan(kind, weights, *inputs, 8)
+    W = [w if w.ndim == 3 else w[:, None] for w in weights]
+    gamma, beta = inputs[4][:, None], inputs[5][:, None]
+    pieces = []
+    for start in range(0, 37, 8):
+        q, k, v, eta = (x[0, :, start:start + 8] for x in inputs[:4])
+        z, W = step_autograd(W, q, k, v, eta[..., None], gamma, beta, 1e-8)
+        pieces.append(z)
+    assert relative(out[0], torch.cat(pieces, dim=1)) < 1e-12
+    assert relative(last[0][0], W[0]) < 1e-12
+
+
+def test_one_large_mini_batch_reads_weights_that_have_seen_every_token():
+    """Not causal inside a mini-batch (eq 14): the last token changes the first output; across mini-batches it does not."""
+    weights, inputs = scan_inputs("mlp", B=1, H=1, L=16)
+    changed = [x.clone() for x in inputs]
+    changed[2][:, :, -1] += 1
+    for mini_batch, moves in (16, True), (8, False):
+        first = [ttt_scan("mlp", weights, *x, mini_batch)[0][0, 0, 0] for x in (inputs, changed)]
+        assert torch.equal(*first) != moves
+
+
+def test_weights_may_differ_between_videos_of_a_batch():
+    weights, inputs = scan_inputs("mlp")
+    per_video = [torch.stack([w, 2 * w]) for w in weights]
+    out, _ = ttt_scan("mlp", per_video, *inputs, 8)
+    second, _ = ttt_scan("mlp", [2 * w for w in weights], *(x[1:] if x.ndim > 2 else x for x in inputs), 8)
+    assert relative(out[1:], second) < 1e-12
+
+
+def test_the_state_stays_in_fp32_when_the_inputs_are_bf16():
+    weights, inputs = scan_inputs("mlp", dtype=torch.bfloat16)
+    out, last = ttt_scan("mlp", weights, *inputs, 8)
+    assert out.dtype == torch.bfloat16 and {w.dtype for w in last} == {torch.float32}
+
+
+def test_the_inner_loop_learns_what_it_is_shown():
+    """Eight keys with fixed values, shown again and again: f recalls them better and better."""
+    torch.manual_seed(0)
+    width, b = 32, 16
+    k = F.normalize(torch.randn(8, width), dim=-1)
+    target = F.layer_norm(torch.randn(8, width), (width,))
+    weights = [Config().ttt_std * torch.randn(1, width, 4 * width), torch.zeros(1, 4 * width), Config().ttt_std * torch.randn(1, 4 * width, width), torch.zeros(1, width)]
+    cosine = []
+    for mini_batches in (4, 16, 64):
+        keys = k.repeat(2 * mini_batches, 1)[None, None]
+        values = keys + target.repeat(2 * mini_batches, 1)
+        eta = torch.full(keys.shape[:3], Config().eta_mlp / (width * b))
+        out, _ = ttt_scan("mlp", weights, keys, keys, values, eta, torch.ones(1, width), torch.zeros(1, width), b)
+        cosine.append(F.cosine_similarity((out - keys)[0, 0, -8:], target).mean().item())
+    assert cosine[0] < cosine[1] < cosine[2] and cosine[1] > 0.6 and cosine[2] > 0.95
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_closed_form_backward_keeps_less_than_half_of_what_autograd_keeps(kind):
+    weights, inputs = scan_inputs(kind, B=1, H=4, L=1024, width=32, dtype=torch.float32, eta=0.01)
+
+    def bytes_kept(backend):
+        kept = {}
+
+        def pack(x):
+            kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            leaves = [x.clone().requires_grad_() for x in (*weights, *inputs)]
+            result = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], 16, backend=backend, checkpoint=4)
+        del result
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+    assert bytes_kept("torch") < bytes_kept("autograd") / 2
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(kind="cubic"), "neither"), (dict(backend="abacus"), "no backend"), (dict(weights=[torch.zeros(3, 8, 8)] * 2), "shapes")])
+def test_a_wrong_call_of_the_scan_says_what_is_wrong(change, message):
+    weights, inputs = scan_inputs("linear")
+    call = dict(kind="linear", weights=weights, backend="auto") | change
+    with pytest.raises(ValueError, match=message):
+        ttt_scan(call["kind"], call["weights"], *inputs, 8, backend=call["backend"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# One sequence out of many segments (section 3.2)
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3])
+def test_scan_order_and_back_is_the_identity(segments):
+    layout = Layout(segments, 5, (12 * segments + 1, 2, 3))
+    x = torch.randn(2, layout.tokens, 7)
+    for order in layout, layout.reverse():
+        assert torch.equal(order.from_scan(order.to_scan(x)), x)
+
+
+def test_a_story_is_scanned_text_by_text_and_segment_by_segment():
+    """One token a frame, two of text: stored as 4 texts then frames 0 .. 24."""
+    layout = Layout(2, 2, (25, 1, 1))
+    frame = torch.arange(25) + 4
+    forward = torch.cat([torch.tensor([0, 1]), frame[:13], torch.tensor([2, 3]), frame[13:]])
+    assert torch.equal(scan_order(layout, "cpu"), forward)
+    backward = torch.cat([torch.tensor([2, 3]), frame[13:].flip(0), torch.tensor([0, 1]), frame[:13].flip(0)])
+    assert torch.equal(scan_order(layout.reverse(), "cpu"), backward)
+
+
+def test_rope_counts_along_the_order_given_and_leaves_text_alone():
+    layout = Layout(2, 2, (25, 2, 2))
+    cos, sin = rope_table(layout.grid, 16, 10000.0, torch.device("cpu"))
+    for order in layout, layout.reverse():
+        c, s = scan_rope(order, 16, 10000.0, torch.device("cpu"))
+        video = scan_order(order, torch.device("cpu")) >= 4
+        assert torch.equal(c[video], cos) and torch.equal(s[video], sin)
+        assert (c[~video] == 1).all() and (s[~video] == 0).all()
+
+
+def test_rope_depends_on_the_distance_only():
+    """Turned q and k of tokens the same (t, h, w) step apart have the same product, by complex multiplication too."""
+    grid = (5, 4, 3)
+    q, k = torch.randn(2, 32, dtype=torch.float64)
+    table = [x.double() for x in rope_table(grid, 32, 10000.0, torch.device("cpu"))]
+    turned_q, turned_k = (rearrange(rotate(x.expand(60, 32), table), "(t h w) F -> t h w F", t=5, h=4) for x in (q, k))
+    product = (turned_q[1:, 2:, 1:] * turned_k[:-1, :-2, :-1]).sum(-1)
+    assert torch.allclose(product, product[0, 0, 0].expand_as(product), atol=1e-5)
+    angle = torch.cat([2 / 10000 ** (torch.arange(0, 8, 2) / 8), 3 / 10000 ** (torch.arange(0, 12, 2) / 12), 1 / 10000 ** (torch.arange(0, 12, 2) / 12)])
+    expected = torch.view_as_complex(q.view(16, 2)) * torch.polar(torch.ones(16, dtype=torch.float64), angle.double())
+    assert torch.allclose(turned_q[2, 3, 1], torch.view_as_real(expected).flatten(), atol=1e-5)
+
+
+def test_a_layout_with_the_wrong_number_of_frames_is_refused():
+    with pytest.raises(ValueError, match="25 latent frames"):
+        Layout(2, 2, (24, 1, 1))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Attention inside a segment, and what each layer sees (section 3.2)
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_local_attention_is_one_attention_a_segment_with_shared_frames_averaged():
+    """By brute force: cut the segments out, attend in each alone, write back, average the frame two segments share."""
+    torch.manual_seed(0)
+    attention, layout = LocalAttention(TINY), Layout(3, 3, (37, 2, 3))
+    x = torch.randn(2, layout.tokens, TINY.dim)
+    total, count = torch.zeros_like(x), torch.zeros(layout.tokens, 1)
+    alone = FullAttention(TINY)
+    alone.load_state_dict(attention.state_dict())
+    for i in range(3):
+        text = torch.arange(3 * i, 3 * i + 3)
+        video = 9 + torch.arange(12 * i * 6, (12 * i + 13) * 6)
+        tokens = torch.cat([text, video])
+        total[:, tokens] += alone(x[:, tokens], Layout(1, 3, (13, 2, 3)))
+        count[tokens] += 1
+    assert torch.allclose(attention(x, layout), total / count, atol=1e-5)
+
+
+def test_at_one_segment_local_is_full():
+    torch.manual_seed(0)
+    local, full = LocalAttention(TINY), FullAttention(TINY)
+    full.load_state_dict(local.state_dict())
+    layout = Layout(1, 3, (13, 2, 3))
+    x = torch.randn(1, layout.tokens, TINY.dim)
+    assert torch.allclose(local(x, layout), full(x, layout), atol=1e-6)
+
+
+@pytest.mark.parametrize("layer, reach", [("local", 1), ("full", 2), ("ttt_linear", 2), ("ttt_mlp", 2)])
+def test_who_can_see_another_segment_in_one_block(layer, reach):
+    """Changing segment 2 moves segment 0 under full attention and TTT; under local attention it never passes the shared frame."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, layer=layer, depth=1)
+    model = DiT(config).eval()
+    latents, text = random_latents(config, 3)
+    moved = latents.clone()
+    moved[:, 25:] += 1                                        # frames that segment 2 owns
+    t = torch.tensor([500])
+    with torch.no_grad():
+        change = (model(moved, text, t) - model(latents, text, t)).abs().amax(dim=(0, 2, 3, 4))
+    assert (change[12:25] > 0).any() and (change[24] > 0)
+    assert (change[:12] > 1e-7).any() == (reach == 2)
+    if layer == "local":
+        assert (change[:24] == 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Gate, both directions, block (eq 6 to 12)
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["ttt_linear", "ttt_mlp"])
+def test_closed_gates_make_the_network_the_base_network_exactly(layer):
+    torch.manual_seed(0)
+    base = DiT(dataclasses.replace(TINY, layer="local"))
+    model = DiT(dataclasses.replace(TINY, layer=layer, gate_init=0.0))
+    missing, extra = model.load_state_dict(base.state_dict(), strict=False)
+    assert not extra and missing and all(is_new(name) for name in missing)
+    latents, text = random_latents(TINY, 2)
+    t = torch.tensor([10])
+    assert torch.equal(model(latents, text, t), base(latents, text, t))
+
+
+def test_a_gate_opens_text_and_video_apart_and_starts_at_a_tenth():
+    gate, layout = ttt_minute.Gate(TINY), Layout(1, 3, (13, 2, 3))
+    y = torch.ones(1, layout.tokens, TINY.dim)
+    assert torch.allclose(gate(y, layout), torch.tensor(math.tanh(0.1)))
+    gate.gate_text.data.zero_()
+    out = gate(y, layout)
+    assert (out[:, :3] == 0).all() and (out[:, 3:] > 0).all()
+
+
+def test_both_directions_share_one_layer_but_not_the_gates():
+    model = DiT(TINY)
+    names = [name for name, _ in model.blocks[0].named_parameters() if "global_layer" in name]
+    assert sum("W1" in name for name in names) == 1
+    assert {name.split(".")[1] for name in names} == {"layer", "gate_forward", "gate_backward"}
+
+
+def test_the_backward_direction_is_the_layer_on_the_reversed_story():
+    torch.manual_seed(0)
+    both, layout = ttt_minute.BothDirections(TINY), Layout(2, 3, (25, 2, 3))
+    both.gate_forward.gate_text.data.zero_()
+    both.gate_forward.gate_video.data.zero_()
+    x = torch.randn(1, layout.tokens, TINY.dim)
+    order = scan_order(layout.reverse(), torch.device("cpu"))
+    expected = x.clone()
+    expected[:, order] += math.tanh(0.1) * both.layer(x[:, order], layout.reverse())
+    assert torch.allclose(both(x, layout), expected, atol=1e-6)
+
+
+def test_the_layer_hands_the_scan_what_the_paper_says():
+    """q and k of length 1, the target v - k normalised by the layer's own gamma and beta, eta as eta_base sigmoid / (F b)."""
+    torch.manual_seed(0)
+    layer, layout, seen = TTT(TINY).double(), Layout(1, 3, (13, 2, 3)), {}
+    x = torch.randn(1, layout.tokens, TINY.dim, dtype=torch.float64)
+
+    def spy(kind, weights, q, k, v, eta, *rest, **settings):
+        seen.update(q=q, k=k, v=v, eta=eta)
+        return ttt_scan(kind, weights, q, k, v, eta, *rest, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ttt_minute, "ttt_scan", spy)
+        layer(x, layout)
+    for name in "qk":
+        assert torch.allclose(seen[name].norm(dim=-1), torch.ones(()).to(seen[name]), atol=1e-5)
+    residual = seen["v"] - seen["k"]
+    assert residual.mean(-1).abs().max() < 1e-5 and torch.allclose(residual.std(-1), torch.ones(()).to(residual), atol=1e-4)
+    expected = TINY.eta_mlp * torch.sigmoid(layer.eta(x)) / (TINY.head_width * TINY.mini_batch)
+    assert torch.allclose(seen["eta"], rearrange(expected, "B L H -> B H L").to(seen["eta"]), atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Diffusion (appendix A)
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_schedule_ends_in_pure_noise():
+    alpha_bar = alphas_cumprod()
+    assert alpha_bar.dtype == torch.float64 and alpha_bar.shape == (1000,)
+    assert alpha_bar[-1] == 0 and abs(alpha_bar[0] - 0.99915) < 1e-6 and (alpha_bar.diff() < 0).all()
+    assert (alphas_cumprod(3.0)[1:-1] < alpha_bar[1:-1]).all()
+
+
+class Oracle(torch.nn.Module):
+    """A model that knows x_0 and the noise, and remembers what it was asked."""
+
+    def __init__(self, latents, noise):
+        super().__init__()
+        self.config, self.latents, self.noise, self.asked = TINY, latents, noise, []
+
+    def forward(self, x, text, t):
+        self.asked.append((t[0].item(), text.abs().sum().item()))
+        alpha_bar = alphas_cumprod()[t].view(-1, 1, 1, 1, 1)
+        return (alpha_bar.sqrt() * self.noise - (1 - alpha_bar).sqrt() * self.latents).float()
+
+
+def test_the_true_v_has_no_loss_and_an_x0_error_weighted_by_its_noise_is_the_same_loss():
+    latents, text = random_latents(TINY, 1, batch=2)
+    noise, t = torch.randn_like(latents), torch.tensor([10, 900])
+    assert diffusion_loss(Oracle(latents, noise), latents, text, t, noise) < 1e-12
+    model = DiT(TINY)
+    a, s = (y.sqrt().float().view(-1, 1, 1, 1, 1) for y in (alphas_cumprod()[t], 1 - alphas_cumprod()[t]))
+    noisy = a * latents + s * noise
+    x_0 = a * noisy - s * model(noisy, text, t)
+    weighted = ((x_0 - latents).square() / s.square()).mean()
+    assert torch.allclose(diffusion_loss(model, latents, text, t, noise), weighted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_ddim_with_the_true_v_returns_x0(steps):
+    latents, text = random_latents(TINY, 1)
+    noise = torch.randn_like(latents)
+    oracle = Oracle(latents, noise)
+    assert torch.allclose(sample.ddim(oracle, noise, text, steps=steps), latents, atol=1e-4)
+    asked = sorted({t for t, _ in oracle.asked}, reverse=True)
+    assert asked[0] == 999 and len(asked) == steps
+    if steps == 50:
+        assert asked == list(range(999, 0, -20))
+
+
+def test_guidance_rises_late_from_one_to_four():
+    scale = [sample.guidance_scale(i, 50) for i in range(50)]
+    assert scale[0] == 1 and abs(scale[-1] - 4) < 1e-12 and scale[25] < 1.01 and scale == sorted(scale)
+    assert sample.guidance_scale(0, 1) == 1
+
+
+def test_guidance_moves_away_from_the_negative_prompt_or_from_zeros():
+    latents, text = random_latents(TINY, 1)
+    zeros, named = Oracle(latents, latents), Oracle(latents, latents)
+    sample.ddim(zeros, torch.randn_like(latents), text, steps=3)
+    sample.ddim(named, torch.randn_like(latents), text, torch.ones_like(text), steps=3)
+    assert [asked for _, asked in zeros.asked][2::2] == [0, 0]
+    assert [asked for _, asked in named.asked][2::2] == [text.numel()] * 2
+
+
+# ----------------------------------------------------------------------------------------------------
+# The model and its stages (sections 3.3 and 4.1, Table 2)
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_the_model_has_cogvideox_5b_and_ttt_in_it():
+    """5,570,283,072 parameters in 1024 tensors without TTT, 7.2 billion with it."""
+    def count(layer):
+        with torch.device("meta"):
+            model = DiT(Config(**ttt_minute.PRESETS["5b"] | dict(preset="5b", layer=layer)))
+        return len(list(model.parameters())), sum(parameter.numel() for parameter in model.parameters())
+
+    assert count("local") == (1024, 5_570_283_072)
+    assert round(count("ttt_mlp")[1] / 1e9, 1) == 7.2
+
+
+def test_latents_that_do_not_fit_the_storyboard_are_refused():
+    latents, text = random_latents(TINY, 2)
+    with pytest.raises(ValueError, match="1 segments need latents"):
+        DiT(TINY)(latents, text[:, :1], torch.tensor([0]))
+
+
+def test_the_stages_are_table_2():
+    assert [(name, stage.segments, stage.steps, stage.batch) for name, stage in STAGES.items()][1:] == [
+        ("3s", 1, 5000, 64), ("9s", 3, 5000, 64), ("18s", 6, 1000, 64), ("30s", 10, 500, 64), ("63s", 21, 250, 64)]
+    assert STAGES["3s"].everything and (STAGES["3s"].lr_new, STAGES["3s"].lr_rest) == (1e-4, 1e-5)
+    assert all(stage.lr_new == stage.lr_rest == 1e-5 and not stage.everything for name, stage in STAGES.items() if name in ("9s", "18s", "30s", "63s"))
+    assert [Config(**ttt_minute.PRESETS["5b"]).grid(stage.segments) for stage in STAGES.values()][1:] == [
+        (13, 30, 45), (37, 30, 45), (73, 30, 45), (121, 30, 45), (253, 30, 45)]
+
+
+def test_a_stage_trains_what_table_2_says():
+    model = DiT(TINY)
+    later = {name for name, _ in model.named_parameters() if trains(name, STAGES["9s"])}
+    kinds = {name.split(".")[2] for name in later}
+    assert kinds == {"attention", "global_layer"}
+    assert {name.split(".", 3)[3] for name in later if ".attention." in name} == {
+        *(f"qkv.{i}.{part}" for i in range(3) for part in ("weight", "bias")), "norm_q.weight", "norm_q.bias", "norm_k.weight", "norm_k.bias",
+        "out.weight", "out.bias"}
+    assert all(trains(name, STAGES["3s"]) for name, _ in model.named_parameters())
+
+
+def test_weight_decay_is_for_matrices_only():
+    decayed = {name.split(".", 2)[2] for name, p in DiT(TINY).named_parameters() if name.startswith("blocks.0.") and decays(name, p)}
+    assert {"global_layer.layer.W1", "global_layer.layer.W2", "global_layer.layer.qkv.0.weight", "mlp.up.weight"} <= decayed
+    assert not any(word in name for name in decayed for word in ("b1", "b2", "bias", "gate", "ln_", "norm.weight", "norm_q", "norm_k"))
+
+
+def test_learning_rates_warm_up_and_the_new_ones_fall_along_a_cosine():
+    config, stage = Config(), dataclasses.replace(STAGES["3s"], steps=1000)
+    assert lr_at(0, stage, True, config) == 1e-4 / 20 and lr_at(19, stage, True, config) == 1e-4
+    assert abs(lr_at(999, stage, True, config) - 1e-5) < 1e-8
+    assert lr_at(510, stage, True, config) == pytest.approx((1e-4 + 1e-5) / 2, rel=1e-6)
+    assert {lr_at(step, stage, False, config) for step in (20, 500, 999)} == {1e-5}
+
+
+def test_a_tiny_model_learns_eight_clips_by_heart():
+    torch.manual_seed(0)
+    model = DiT(TINY)
+    latents, text = random_latents(TINY, 1, batch=8)
+    optimizer = make_optimizer(model, Stage(1, 1, 1, 0, 0, everything=True), TINY)
+    noise, t = torch.randn_like(latents), torch.full((8,), 700)
+    losses = []
+    for _ in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        loss = diffusion_loss(model, latents, text, t, noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]

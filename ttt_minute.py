@@ -1,0 +1,1202 @@
+"""One-Minute Video Generation with Test-Time Training (arXiv 2504.05298), in one file.
+
+A diffusion transformer (DiT) makes 3-second clips well. To tell a one-minute story it must remember
+what the red room looked like forty seconds ago. Full attention remembers everything and costs 11 times as
+much; a recurrent layer is cheap and forgets, because its hidden state is small. Test-time training (TTT)
+makes the hidden state itself a small network f with weights W, and lets *reading* the sequence mean
+*training* f on it, one gradient step per 64 tokens. This file adds such layers, behind a gate, to
+CogVideoX, keeps attention inside each 3-second segment, and trains the whole in stages up to a minute.
+
+    python ttt_minute.py --stage 9s            # renders a small cartoon world, trains, ends with a video
+    python sample.py --stage 9s --storyboard story.txt --out video.mp4
+
+Read [1] the paper; [2] Sun et al., Learning to (Learn at Test Time), 2407.04620, for the TTT layer;
+[3] Yang et al., CogVideoX, 2408.06072, for the DiT; [4] Salimans & Ho, 2202.00512, for v-prediction.
+
+Glossary: code (paper)
+    B, S, L, N        batch; 3-second segments; tokens in the whole sequence; text tokens of a segment
+    T, h, w, C        latent frames (12 S + 1), latent height and width in patches, latent channels
+    D, H, F, E        model width; heads; head width; inner hidden width E = 4F
+    M, b              mini-batches; tokens of one mini-batch (the paper's b)
+    W                 the hidden state: weights of the inner model f, (W1, b1) or (W1, b1, W2, b2)
+    q, k, v           theta_Q x, theta_K x, theta_V x: what f is asked, shown, and should answer (eq 4, 5)
+    eta               the inner learning rate of each token
+    alpha, beta       the gates of the forward and the backward direction (eq 6 to 12)
+    DIFF:             marks every departure from the paper or from its published code, with the reason
+
+Map
+     1  Config, presets and stages        6  Attention inside a segment
+     2  Parts                             7  (the linear recurrences will stand here)
+     3  One sequence out of many segments 8  Gate, both directions, block, model
+     4  The inner loop (the heart)        9  Diffusion
+     5  The TTT layer                    10  Training in stages
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import dataset
+from dataset import Parser, UserError, atomic, run_main
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Config, presets and stages
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes the network and its training. The defaults are the preset "pocket"."""
+
+    preset: str = "pocket"          # a row of PRESETS
+    layer: str = "ttt_mlp"          # a key of LAYERS: what carries memory across segments
+
+    # The latent video and its text
+    channels: int = 16              # C, latent channels
+    height: int = 8                 # latent rows and columns before patching
+    width: int = 12
+    text_len: int = 40              # N, text tokens of a segment
+    text_dim: int = 64              # width of the text encoder's output
+
+    # The transformer (section 4.1 of the paper: CogVideoX-5B)
+    depth: int = 4
+    heads: int = 4                  # H
+    head_width: int = 32            # F
+    time_dim: int = 128             # width of the timestep embedding
+    patch: int = 2
+    norm_eps: float = 1e-5          # LayerNorms of the blocks; DIFF: the published code uses 1e-6, the weights were made with 1e-5
+    qk_norm_eps: float = 1e-6       # LayerNorm of q and k inside attention
+    rope_theta: float = 10000.0
+
+    # The inner loop (sections 2.3 and 3.4). A small world has few inner steps, so it needs bolder ones
+    # than the paper's b = 64, eta 0.1, std 0.02, which assume the 5,337 mini-batches of a minute at 5b.
+    mini_batch: int = 16            # b
+    eta_mlp: float = 3.0            # eta_base of TTT-MLP
+    eta_linear: float = 1.0         # eta_base of TTT-Linear
+    ttt_std: float = 0.1            # standard deviation of the initial W1 and W2
+    ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
+    scan_checkpoint: int = 4        # the backward pass of the scan keeps W every so many mini-batches
+    gate_init: float = 0.1          # alpha and beta at the start (eq 6)
+    backend: str = "auto"           # of ttt_scan: auto, torch, dual or autograd
+
+    # Training (appendix A)
+    snr_shift: float = 1.0          # > 1 moves the noise schedule towards more noise
+    warmup: float = 0.02            # fraction of a stage's steps
+    clip: float = 0.1               # gradient norm
+    weight_decay: float = 1e-4      # on matrices only
+    text_dropout: float = 0.1       # how often all text of a sample is zeroed, for classifier-free guidance
+    seed: int = 0
+
+    @property
+    def dim(self):                  # D
+        return self.heads * self.head_width
+
+    def grid(self, segments):       # (T, h, w) of a video, in tokens
+        return 12 * segments + 1, self.height // self.patch, self.width // self.patch
+
+
+PAPER_INNER_LOOP = dict(mini_batch=64, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02)
+
+PRESETS = {
+    "pocket": dict(),
+    "small": dict(height=32, width=48, text_len=64, depth=12, heads=8, head_width=64, time_dim=512, ttt_std=0.05, eta_mlp=1.0, mini_batch=64),
+    "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64, time_dim=512, **PAPER_INNER_LOOP),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of Table 2: adapt to longer videos, starting from the stage before."""
+
+    segments: int                   # S, of 3 seconds each
+    steps: int
+    batch: int                      # videos a step
+    lr_new: float                   # learning rate of TTT layers and gates
+    lr_rest: float                  # learning rate of everything else that trains
+    schedule_new: str = "constant"  # "cosine" falls to LR_END
+    schedule_rest: str = "constant"
+    everything: bool = False        # train all parameters; else only TTT, gates and local attention (QKVO and its norms)
+
+
+STAGES = {
+    "3s": Stage(1, 5000, 64, 1e-4, 1e-5, "cosine", everything=True),
+    "9s": Stage(3, 5000, 64, 1e-5, 1e-5),
+    "18s": Stage(6, 1000, 64, 1e-5, 1e-5),
+    "30s": Stage(10, 500, 64, 1e-5, 1e-5),
+    "63s": Stage(21, 250, 64, 1e-5, 1e-5),
+}
+LR_END = 1e-5                       # where the cosine schedule ends
+
+# A small network learns with larger steps, and a laptop affords fewer of them. "pretrain" stands in for
+# CogVideoX-5B: 3-second clips, layer "local", trained once and shared by all layers.
+POCKET_STAGES = {
+    "pretrain": Stage(1, 1000, 8, 2e-3, 2e-3, "cosine", "cosine", everything=True),
+    "3s": Stage(1, 120, 8, 2e-3, 2e-4, "cosine", everything=True),
+    "9s": Stage(3, 240, 4, 5e-4, 5e-4),
+    "18s": Stage(6, 60, 2, 5e-4, 5e-4),
+    "30s": Stage(10, 40, 2, 5e-4, 5e-4),
+    "63s": Stage(21, 40, 1, 5e-4, 5e-4),
+}
+STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | STAGES
+
+
+def stages_of(preset):
+    """The stages of a preset in their order, name -> Stage."""
+    return POCKET_STAGES if preset == "pocket" else {name: STAGES[name] for name in STAGES if name != "pretrain"}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Parts
+# ----------------------------------------------------------------------------------------------------
+
+
+class TimeEmbedding(nn.Module):
+    """Diffusion timestep -> vector: sinusoids [cos, sin] of width D, then two linear maps."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.width = config.dim
+        self.linear_1 = nn.Linear(config.dim, config.time_dim)
+        self.linear_2 = nn.Linear(config.time_dim, config.time_dim)
+
+    def forward(self, t):                                                             # [B]
+        half = self.width // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angle = t[:, None].float() * frequency                                        # [B, D/2]
+        embedding = torch.cat([angle.cos(), angle.sin()], dim=-1)                     # [B, D]
+        return self.linear_2(F.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype))))
+
+
+def modulate(x, shift, scale):                                                        # adaLN
+    return x * (1 + scale) + shift
+
+
+@functools.lru_cache(maxsize=64)
+def rope_table(grid, width, theta, device):
+    """cos and sin of the 3D rotary embedding for a (t, h, w) grid of tokens, each [t h w, width/2].
+
+    A quarter of the channels turns with time, three eighths each with height and width. Tokens are in
+    (t, h, w) order, positions are integers from 0, tables are fp32.
+    """
+    widths = width // 4, 3 * width // 8, 3 * width // 8
+    angles = []
+    for axis, length in enumerate(grid):
+        frequency = theta ** -(torch.arange(0, widths[axis], 2, device=device).float() / widths[axis])
+        angle = torch.arange(length, device=device).float()[:, None] * frequency      # [length, widths/2]
+        shape = [1, 1, 1, -1]
+        shape[axis] = length
+        angles.append(angle.reshape(shape).expand(*grid, -1))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)                                   # [t h w, F/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, table):
+    """Turn neighbouring pairs of channels of x [..., L, F] by the angles of a RoPE table."""
+    cos, sin = table
+    a, b = rearrange(x, "... (f two) -> two ... f", two=2)
+    return rearrange([a * cos - b * sin, a * sin + b * cos], "two ... f -> ... (f two)").to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.dim, 4 * config.dim)
+        self.down = nn.Linear(4 * config.dim, config.dim)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. One sequence out of many segments
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a video of S segments lie in a sequence. A value: it carries no activations.
+
+    The network stores all texts, then all frames. Layers that scan the whole video want the order in which
+    a story is told: text_0 video_0 text_1 video_1 ... (section 3.2). Segment 0 owns latent frames 0..12, segment
+    i > 0 owns frames 12i+1 .. 12i+12. The reverse order visits the segments backwards, each text, itself
+    unreversed, before its own segment's video, whose tokens run fully backwards.
+    DIFF: the published code reverses all video tokens first and then cuts 13 + 12 + 12 ..., which moves
+    every segment's boundary by a frame.
+    """
+
+    segments: int                   # S
+    text: int                       # N, tokens of a segment's text
+    grid: tuple                     # (T, h, w) of the video in tokens, T = 12 S + 1
+    reversed: bool = False
+
+    def __post_init__(self):
+        if self.grid[0] != 12 * self.segments + 1:
+            raise ValueError(f"{self.segments} segments have {12 * self.segments + 1} latent frames, not {self.grid[0]}")
+
+    @property
+    def text_tokens(self):          # S N: video tokens start here in storage
+        return self.segments * self.text
+
+    @property
+    def tokens(self):               # L
+        return self.text_tokens + math.prod(self.grid)
+
+    def reverse(self):
+        return dataclasses.replace(self, reversed=not self.reversed)
+
+    def to_scan(self, x):                                                             # [B, L, D] stored -> scan order
+        return x.index_select(1, scan_order(self, x.device))
+
+    def from_scan(self, x):                                                           # [B, L, D] scan order -> stored
+        return x.index_select(1, scan_order(self, x.device).argsort())
+
+
+@functools.lru_cache(maxsize=64)
+def scan_order(layout, device):
+    """Where each token of the scan order is stored: int64 [L]."""
+    text = torch.arange(layout.text_tokens).split(layout.text)                        # S pieces of [N]
+    frame = layout.grid[1] * layout.grid[2]
+    video = torch.arange(layout.text_tokens, layout.tokens)
+    video = video.split([13 * frame] + [12 * frame] * (layout.segments - 1))          # S pieces
+    pieces = list(zip(text, video))
+    if layout.reversed:
+        pieces = [(words, tokens.flip(0)) for words, tokens in reversed(pieces)]
+    return torch.cat([part for piece in pieces for part in piece]).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def scan_rope(layout, width, theta, device):
+    """RoPE for a whole scan, cos and sin [L, F/2]: text is not turned; video positions count along the
+    order given, so in the reverse order t, h and w all run backwards."""
+    is_video = scan_order(layout, device) >= layout.text_tokens                       # [L]
+    cos = torch.ones(layout.tokens, width // 2, device=device)
+    sin = torch.zeros(layout.tokens, width // 2, device=device)
+    cos[is_video], sin[is_video] = rope_table(layout.grid, width, theta, device)
+    return cos, sin
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. The inner loop (the heart)
+#
+# The hidden state is W, the weights of a small model f. Reading a mini-batch of b tokens means one step of
+# gradient descent on a loss that asks f to reconstruct v from k (sections 2.2, 2.3 and 3.4):
+#
+#     l(W) = sum_j eta_j * 1/2 || LN(f(k_j; W)) - (v_j - k_j) ||^2          f learns the residual v - k   (eq 4)
+#     W <- W - dl/dW                                                         one step a mini-batch         (eq 13)
+#     z_j = q_j + LN(f(q_j; W))                                              with the UPDATED W            (eq 14)
+#
+# Every token of a mini-batch reads the W that has seen the whole mini-batch: nothing is causal inside it, and
+# so no mask appears anywhere. Between mini-batches only W is carried.
+#
+# One mini-batch, tensors [n, b, F] with n = batch x heads; W = (W1 [n,F,F], b1 [n,1,F]) for TTT-Linear or
+# (W1 [n,F,E], b1 [n,1,E], W2 [n,E,F], b2 [n,1,F]) for TTT-MLP; eta [n,b,1]; gamma, beta [n,1,F] belong to LN.
+# ----------------------------------------------------------------------------------------------------
+
+
+def inner_model(W, x):
+    """f(x; W): a linear map, or two with a GELU between them (section 2.3)."""
+    Z = x @ W[0] + W[1]
+    if len(W) == 4:
+        Z = F.gelu(Z, approximate="tanh") @ W[2] + W[3]
+    return Z
+
+
+def read(W, q, gamma, beta, eps):
+    """z = q + LN(f(q; W)), the output rule (eq 5)."""
+    return q + gamma * F.layer_norm(inner_model(W, q), q.shape[-1:], eps=eps) + beta
+
+
+def step_autograd(W, q, k, v, eta, gamma, beta, eps):
+    """The definition: a loss, its gradient, a step. Returns z and the updated W."""
+    outer_gradients = torch.is_grad_enabled()
+    with torch.enable_grad():
+        W = [w if w.requires_grad else w.detach().requires_grad_() for w in W]
+        error = read(W, k, gamma, beta, eps) - v                                      # k + LN(f(k)) - v
+        loss = 0.5 * (eta * error.square()).sum()
+        gradient = torch.autograd.grad(loss, W, create_graph=outer_gradients)
+    W = [w - g for w, g in zip(W, gradient)]
+    return read(W, q, gamma, beta, eps), W
+
+
+# The gradient of that loss is short enough to write by hand. Normalisation gives xh = (Z - mean) r with r = 1/std, and
+# its Jacobian J is symmetric: a gradient p on xh is the gradient J[p] = r (p - mean(p) - xh mean(p xh)) on Z.
+
+
+def normalise(Z, eps):
+    """xh, and what J needs: (Z, mean, r). Biased variance, eps inside the root."""
+    xh, mean, r = torch.native_layer_norm(Z, Z.shape[-1:], None, None, eps)
+    return xh, (Z, mean, r)
+
+
+def J(p, statistics):
+    Z, mean, r = statistics
+    return torch.ops.aten.native_layer_norm_backward(p, Z, Z.shape[-1:], mean, r, None, None, [True, False, False])[0]
+
+
+def over_tokens(x):                                                                   # [n, b, F] -> [n, 1, F]
+    return x.sum(-2, keepdim=True)
+
+
+def gelu_derivatives(x, order):
+    """gelu_tanh(x) = x sigmoid(phi) with phi = 2c x (1 + d x^2), and its first `order` derivatives."""
+    c2, d = 2 * math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    s = torch.sigmoid((c2 * d * square).add_(c2).mul_(x))
+    slope = (3 * c2 * d * square).add_(c2)                                            # phi'
+    bell = torch.addcmul(s, s, s, value=-1)                                           # s (1 - s)
+    first = torch.addcmul(s, bell, x * slope)
+    if order == 1:
+        return x * s, first
+    second = (1 - 2 * s).mul_(x).mul_(slope).add_(2).mul_(slope).add_(square, alpha=6 * c2 * d).mul_(bell)
+    return x * s, first, second
+
+
+def step_dual(W, q, k, v, eta, gamma, beta, eps):
+    """The naive dual form: the outputs without ever forming the new W1 and W2 for them.
+
+    f(q; W - dl/dW) = q W1 + b1 - (q k^T + 1) * eta  G1, and the same once more for the second layer, where
+    G = d(1/2 ||.||^2)/dZ comes before eta. The paper's lineage computes TTT so; because nothing is masked, the
+    b x b products can be folded into the new W at once, and step_primal below is equal and cheaper (7 products of
+    b x F x E against 9.5). This form stays as what everything faster is tested against.
+    """
+    xh, statistics = normalise(inner_model(W, k), eps)
+    G = J(gamma * (gamma * xh + beta - (v - k)), statistics)                          # [n, b, F]
+    eta_row = eta.mT                                                                  # [n, 1, b]
+    if len(W) == 2:
+        W1, b1 = W
+        Zb = q @ W1 + b1 - ((q @ k.mT + 1) * eta_row) @ G
+        W = W1 - k.mT @ (eta * G), b1 - (eta * G).sum(-2, keepdim=True)
+    else:
+        W1, b1, W2, b2 = W
+        X2, slope = gelu_derivatives(k @ W1 + b1, order=1)                             # [n, b, E]
+        G2, G1 = G, (G @ W2.mT) * slope
+        Zb1 = q @ W1 + b1 - ((q @ k.mT + 1) * eta_row) @ G1
+        Xb2 = F.gelu(Zb1, approximate="tanh")
+        Zb = Xb2 @ W2 + b2 - ((Xb2 @ X2.mT + 1) * eta_row) @ G2
+        W = (W1 - k.mT @ (eta * G1), b1 - (eta * G1).sum(-2, keepdim=True),
+             W2 - X2.mT @ (eta * G2), b2 - (eta * G2).sum(-2, keepdim=True))
+    xhb, _ = normalise(Zb, eps)
+    return q + gamma * xhb + beta, W
+
+
+def inner_gradient(W, k, shift, eta, gamma, eps, order=1):
+    """The primal form: dl/dW as (G1 and its input, G2 and its input), and all that its own backward pass needs again.
+
+    shift = beta - (v - k), so that the error LN(f(k)) - (v - k) is gamma xh + shift.
+    """
+    Z = torch.baddbmm(W[1], k, W[0])                                                  # k W1 + b1
+    if len(W) == 4:
+        X2, *slopes = gelu_derivatives(Z, order)
+        Z = torch.baddbmm(W[3], X2, W[2])
+    xh, statistics = normalise(Z, eps)
+    error = torch.addcmul(shift, gamma, xh)
+    p = gamma * error
+    L = J(p, statistics)                                                              # the gradient on Z, before eta
+    G = eta * L
+    if len(W) == 2:
+        return xh, statistics, error, p, L, G
+    M = G @ W[2].mT                                                                   # the gradient on X2
+    return xh, statistics, error, p, L, G, X2, M, M * slopes[0], slopes
+
+
+def descend(W, k, gradient):
+    """W - dl/dW."""
+    G, *rest = gradient[5:]
+    if not rest:
+        return torch.baddbmm(W[0], k.mT, G, alpha=-1), W[1] - over_tokens(G)
+    X2, _, G1, _ = rest
+    return (torch.baddbmm(W[0], k.mT, G1, alpha=-1), W[1] - over_tokens(G1),
+            torch.baddbmm(W[2], X2.mT, G, alpha=-1), W[3] - over_tokens(G))
+
+
+class PrimalScan(torch.autograd.Function):
+    """All mini-batches, one after the other, with the backward pass written out by hand.
+
+    Forward keeps W every `every` mini-batches. Backward takes the groups last to first: it replays a group from its
+    W, then walks it backwards. Carried from step to step is dW, the gradient on the state.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, eta, gamma, beta, eps, every, *W):                      # q, k, v [M, n, b, F]
+        out, kept = torch.empty_like(q), []
+        for t, (k_t, shift, eta_t) in enumerate(zip(k, beta - (v - k), eta)):
+            if t % every == 0:
+                kept += W
+            W = descend(W, k_t, inner_gradient(W, k_t, shift, eta_t, gamma, eps))
+            out[t] = read(W, q[t], gamma, beta, eps)
+        ctx.save_for_backward(q, k, v, eta, gamma, beta, *kept, *W)
+        ctx.eps, ctx.every, ctx.size = eps, every, len(W)
+        return out, *W
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, *dW):
+        q, k, v, eta, gamma, beta, *kept = ctx.saved_tensors
+        dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
+        dW, dgamma, shift = [dw.clone() for dw in dW], torch.zeros_like(q[0]), beta - (v - k)
+        new = kept[-ctx.size:]
+        for start in reversed(range(0, len(q), ctx.every)):
+            W, replay = kept[start // ctx.every * ctx.size:][:ctx.size], []
+            for t in range(start, min(start + ctx.every, len(q))):
+                if replay:
+                    W = descend(W, k[t - 1], replay[-1][2])
+                replay.append((t, W, inner_gradient(W, k[t], shift[t], eta[t], gamma, ctx.eps, order=2)))
+            while replay:
+                t, W, gradient = replay.pop()
+                dq[t] = backward_of_read(dout[t], new, q[t], gamma, ctx.eps, dW, dgamma)
+                dk[t], dv[t], deta[t] = backward_of_step(W, gradient, k[t], eta[t], gamma, dW, dgamma)
+                new = W
+        dbeta = dout.sum((0, 2)) - dv.sum((0, 2))             # beta stands beside every output and every -(v - k)
+        return dq, dk, dv, deta, over_tokens(dgamma), dbeta[:, None], None, None, *dW
+
+
+def backward_of_read(dout, W, q, gamma, eps, dW, dgamma):
+    """Gradient on q of z = q + LN(f(q; W)); what falls on W and gamma is added to dW and dgamma [n, b, F] in place."""
+    Z = torch.baddbmm(W[1], q, W[0])
+    if len(W) == 4:
+        X2, slope = gelu_derivatives(Z, order=1)
+        Z = torch.baddbmm(W[3], X2, W[2])
+    xh, statistics = normalise(Z, eps)
+    dgamma.addcmul_(dout, xh)
+    dZ = J(dout * gamma, statistics)
+    if len(W) == 4:
+        dW[2].baddbmm_(X2.mT, dZ)
+        dW[3] += over_tokens(dZ)
+        dZ = (dZ @ W[2].mT).mul_(slope)
+    dW[0].baddbmm_(q.mT, dZ)
+    dW[1] += over_tokens(dZ)
+    return torch.baddbmm(dout, dZ, W[0].mT)
+
+
+def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
+    """Gradients on k, v and eta of one update. On entry dW is the gradient on the new W, on return on the old one."""
+    xh, statistics, error, p, L, G, *rest = gradient
+    # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
+    if len(W) == 4:
+        X2, M, G1, (slope, bend) = rest
+        dG1 = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
+        dk = G1 @ dW[0].mT                                                            # minus this falls on k
+        dG = torch.baddbmm(dW[3], X2, dW[2], alpha=-1, beta=-1)
+        dX2 = G @ dW[2].mT                                                            # minus this falls on X2
+        dM = dG1 * slope                                                              # through G1 = M * slope, M = G W2^T
+        dZ1 = dG1.mul_(M).mul_(bend)
+        dG.baddbmm_(dM, W[2])
+        dW[2].baddbmm_(dM.mT, G)
+    else:
+        dG = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
+        dk = G @ dW[0].mT
+    # Through G = eta L with L = J[p], p = gamma * error. J depends on Z as well: the second line of dZ.
+    deta = (dG * L).sum(-1, keepdim=True)
+    U = eta * dG
+    w = J(U, statistics)                                                              # the gradient on p
+    dv = -gamma * w
+    dgamma.addcmul_(w, torch.addcmul(error, gamma, xh))
+    along_p, along_U, along_L = ((x * y).mean(-1, keepdim=True) for x, y in ((p, xh), (U, xh), (U, L)))
+    dZ = J(-gamma * dv, statistics)
+    dZ -= statistics[2] * (w * along_p).addcmul_(L, along_U).addcmul_(xh, along_L)
+    # Through the first forward pass, Z = f(k; W).
+    if len(W) == 4:
+        dW[2].baddbmm_(X2.mT, dZ)
+        dW[3] += over_tokens(dZ)
+        dZ = torch.baddbmm(dX2, dZ, W[2].mT, beta=-1).mul_(slope).add_(dZ1)
+    dW[0].baddbmm_(k.mT, dZ)
+    dW[1] += over_tokens(dZ)
+    return torch.baddbmm(dk + dv, dZ, W[0].mT, beta=-1), dv, deta
+
+
+def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, eps=1e-8, checkpoint=16, backend="auto"):
+    """Read a sequence with a TTT layer's inner model (section 3.4): every mini-batch of tokens is one training step.
+
+    kind        "linear" or "mlp"
+    weights     the initial hidden state: (W1 [H,F,F], b1 [H,F]) or (W1 [H,F,4F], b1 [H,4F], W2 [H,4F,F], b2 [H,F]);
+                a leading batch axis is allowed
+    q, k, v     [B, H, L, F], any L >= 1; v is already normalised, the scan itself subtracts k
+    eta         [B, H, L], the full step size of each token
+    ln_gamma, ln_beta   [H, F], of the LayerNorm around f
+    checkpoint  the backward pass keeps W every so many mini-batches and recomputes in between
+    backend     "autograd" (the definition), "dual" (naive dual form), "torch" (primal form with a closed-form backward);
+                "auto" takes the fastest that fits
+
+    Returns out [B, H, L, F] in q's dtype, and the last weights in the order of `weights`, with B in front, in fp32
+    (float64 for float64). Differentiable in every tensor, through both results. Raises ValueError for a wrong kind, shape
+    or backend.
+    """
+    if kind not in ("linear", "mlp"):
+        raise ValueError(f'ttt_scan: kind "{kind}" is neither "linear" nor "mlp"')
+    backend = "torch" if backend == "auto" else backend
+    if backend not in SCAN_BACKENDS:
+        raise ValueError(f'ttt_scan: no backend "{backend}"; there are auto, {", ".join(SCAN_BACKENDS)}')
+    B, H, L, width = q.shape
+    expected = [(H, width, width), (H, width)] if kind == "linear" else [(H, width, 4 * width), (H, 4 * width), (H, 4 * width, width), (H, width)]
+    shapes = [tuple(w.shape[-len(e):]) for w, e in zip(weights, expected)]
+    if len(weights) != len(expected) or shapes != expected or not L or min(mini_batch, checkpoint) < 1:
+        raise ValueError(f"ttt_scan: {kind} weights for q {tuple(q.shape)} have shapes {expected}, not {[tuple(w.shape) for w in weights]}")
+
+    dtype = torch.promote_types(q.dtype, torch.float32)       # the state lives in fp32 whatever the inputs are
+    W = []
+    for w, e in zip(weights, expected):
+        w = w.to(dtype).expand(B, *e).flatten(0, 1)                                   # [n, ...], n = B H
+        W.append(w if len(e) == 3 else w[:, None])                                    # biases [n, 1, .]
+    gamma, beta = (x.to(dtype).expand(B, H, width).flatten(0, 1)[:, None] for x in (ln_gamma, ln_beta))
+
+    def mini_batches(x):                                      # [B, H, L, .] -> [M, n, b, .]; padded tokens get eta = 0
+        x = F.pad(x.to(dtype), (0, 0, 0, -L % mini_batch))
+        return rearrange(x, "B H (M b) F -> M (B H) b F", b=mini_batch).contiguous()
+
+    tokens = [mini_batches(x) for x in (q, k, v, eta[..., None])]
+    if backend == "torch":
+        out, *W = PrimalScan.apply(*tokens, gamma, beta, eps, checkpoint, *W)
+    else:
+        step, out = SCAN_BACKENDS[backend], []
+        for q_t, k_t, v_t, eta_t in zip(*tokens):
+            z, W = step(W, q_t, k_t, v_t, eta_t, gamma, beta, eps)
+            out.append(z)
+        out = torch.stack(out)
+    out = rearrange(out, "M (B H) b F -> B H (M b) F", B=B)[:, :, :L].to(q.dtype)
+    return out, tuple(w.reshape(B, *e) for w, e in zip(W, expected))
+
+
+SCAN_BACKENDS = {"autograd": step_autograd, "dual": step_dual, "torch": PrimalScan}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. The TTT layer
+# ----------------------------------------------------------------------------------------------------
+
+
+class TTT(nn.Module):
+    """A TTT layer (section 2.2): learned maps theta_K, theta_V, theta_Q around the inner loop.
+
+    x [B, L, D] in scan order -> [B, L, D]. The outer loop learns the maps, the initial W and the step sizes; the inner
+    loop trains W while the sequence is read.
+    DIFF from the paper's equations, all as published in code: the 1/2 in the loss, a sigmoid and 1/F in eta, normalised
+    q, k and v.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.kind = "linear" if config.layer == "ttt_linear" else "mlp"
+        self.eta_base = config.eta_linear if self.kind == "linear" else config.eta_mlp
+        H, width, D = config.heads, config.head_width, config.dim
+        E = width if self.kind == "linear" else 4 * width
+        self.qkv = nn.ModuleList(nn.Linear(D, D) for _ in "qkv")
+        self.eta = nn.Linear(D, H)
+        self.ln_gamma = nn.Parameter(torch.ones(H, width))
+        self.ln_beta = nn.Parameter(torch.zeros(H, width))
+        self.W1 = nn.Parameter(torch.randn(H, width, E) * config.ttt_std)
+        self.b1 = nn.Parameter(torch.zeros(H, E))
+        if self.kind == "mlp":
+            self.W2 = nn.Parameter(torch.randn(H, E, width) * config.ttt_std)
+            self.b2 = nn.Parameter(torch.zeros(H, width))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.out = nn.Linear(D, D)
+        for linear in (*self.qkv, self.eta, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x, layout):
+        config = self.config
+        q, k, v = (rearrange(linear(x), "B L (H F) -> B H L F", H=config.heads) for linear in self.qkv)
+        rope = scan_rope(layout, config.head_width, config.rope_theta, x.device)
+        q, k = (rotate(F.normalize(y.float(), dim=-1, eps=1e-12), rope) for y in (q, k))
+        # f learns the residual v - k; its target is normalised like its output, by the same gamma and beta.
+        residual = v.float() - k
+        residual = (residual - residual.mean(-1, keepdim=True)) / (residual.std(-1, keepdim=True) + 1e-8)
+        v = k + self.ln_gamma[:, None] * residual + self.ln_beta[:, None]
+        # The step size of each token: eta_base / b in eq 13, learned by a gate, and 1/F as published in code.
+        eta = self.eta_base * torch.sigmoid(self.eta(x).float()) / (config.head_width * config.mini_batch)
+        eta = rearrange(eta, "B L H -> B H L")
+        weights = (self.W1, self.b1) if self.kind == "linear" else (self.W1, self.b1, self.W2, self.b2)
+        z, _ = ttt_scan(self.kind, weights, q, k, v, eta, self.ln_gamma, self.ln_beta, config.mini_batch,
+                        eps=config.ttt_eps, checkpoint=config.scan_checkpoint, backend=config.backend)
+        return self.out(self.norm(rearrange(z, "B H L F -> B L (H F)").to(x.dtype)))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6. Attention inside a segment
+# ----------------------------------------------------------------------------------------------------
+
+
+class LocalAttention(nn.Module):
+    """CogVideoX's attention, within one segment at a time (section 3.2): x [B, L, D] as stored -> [B, L, D].
+
+    Segment i attends over its own text and latent frames 12i .. 12i+12, RoPE starting at 0. Neighbouring segments share
+    one latent frame; its two outputs are averaged (the paper names the overlap, its code the average). So information
+    crosses one border a block even here: what TTT adds is memory beyond that.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.qkv = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in "qkv")
+        self.norm_q = nn.LayerNorm(config.head_width, eps=config.qk_norm_eps)
+        self.norm_k = nn.LayerNorm(config.head_width, eps=config.qk_norm_eps)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x, layout):
+        q, k, v = (rearrange(linear(x), "B L (H F) -> B H L F", H=self.config.heads) for linear in self.qkv)
+        return self.out(rearrange(self.attend(self.norm_q(q), self.norm_k(k), v, layout), "B H L F -> B L (H F)"))
+
+    def attend(self, q, k, v, layout):                                                # [B, H, L, F], each
+        S, frame = layout.segments, layout.grid[1] * layout.grid[2]
+        rope = rope_table((13, *layout.grid[1:]), q.shape[-1], self.config.rope_theta, q.device)
+        own = 12 * torch.arange(S, device=q.device)[:, None] + torch.arange(13, device=q.device)
+
+        def split(y, turn):                                   # stored tokens -> one sequence a segment
+            text, video = y.split([layout.text_tokens, layout.tokens - layout.text_tokens], dim=2)
+            text = rearrange(text, "B H (S N) F -> B S H N F", S=S)
+            video = rearrange(video, "B H (T f) F -> B H T f F", f=frame)[:, :, own]
+            video = rearrange(video, "B H S t f F -> B S H (t f) F")
+            return torch.cat([text, rotate(video, rope) if turn else video], dim=3).flatten(0, 1)
+
+        y = F.scaled_dot_product_attention(split(q, True), split(k, True), split(v, False))
+        text, video = y.split([layout.text, 13 * frame], dim=2)
+        text = rearrange(text, "(B S) H N F -> B H (S N) F", S=S)
+        video = rearrange(video, "(B S) H (t f) F -> B H S t f F", S=S, f=frame)
+        first, video = video[:, :, :, :1], video[:, :, :, 1:]                         # the frame shared with the past, the rest
+        shared = (video[:, :, :-1, -1:] + first[:, :, 1:]) / 2                        # [B, H, S-1, 1, f, F]
+        last = torch.cat([shared, video[:, :, -1:, -1:]], dim=2)
+        video = rearrange(torch.cat([video[:, :, :, :-1], last], dim=3), "B H S t f F -> B H (S t f) F")
+        return torch.cat([text, first[:, :, 0].flatten(2, 3), video], dim=2)
+
+
+class FullAttention(LocalAttention):
+    """One attention over all texts and all frames, RoPE from 0: CogVideoX at any length, and the paper's 11x."""
+
+    def attend(self, q, k, v, layout):
+        rope = rope_table(layout.grid, q.shape[-1], self.config.rope_theta, q.device)
+        N = layout.text_tokens
+        q, k = (torch.cat([y[:, :, :N], rotate(y[:, :, N:], rope)], dim=2) for y in (q, k))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 8. Gate, both directions, block, model
+# ----------------------------------------------------------------------------------------------------
+
+# What carries memory across segments. Every class has the signature TTT has: layer(x, layout) -> y, [B, L, D] in scan order.
+LAYERS = {"local": None, "full": None, "ttt_linear": TTT, "ttt_mlp": TTT}
+
+
+class Gate(nn.Module):
+    """tanh(alpha) * y, alpha a vector for text and one for video tokens, all 0.1 at the start (eq 6).
+    DIFF: the paper has one alpha; its code has these two."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_text = nn.Parameter(torch.full((config.dim,), config.gate_init))
+        self.gate_video = nn.Parameter(torch.full((config.dim,), config.gate_init))
+
+    def forward(self, y, layout):                                                     # y [B, L, D] as stored
+        text, video = y.split([layout.text_tokens, layout.tokens - layout.text_tokens], dim=1)
+        return torch.cat([torch.tanh(self.gate_text) * text, torch.tanh(self.gate_video) * video], dim=1)
+
+
+class BothDirections(nn.Module):
+    """Z = X + gate(layer(X)), Z' = Z + gate'(rev(layer(rev(Z)))): one layer, two gates (eq 6, 7, 10, 11)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer = LAYERS[config.layer](config)
+        self.gate_forward = Gate(config)
+        self.gate_backward = Gate(config)
+
+    def forward(self, x, layout):                                                     # x [B, L, D] as stored
+        for gate, order in (self.gate_forward, layout), (self.gate_backward, layout.reverse()):
+            x = x + gate(order.from_scan(self.layer(order.to_scan(x), order)), layout)
+        return x
+
+
+class AdaLN(nn.Module):
+    """LayerNorm shifted and scaled by the timestep, and a gate for what the branch returns; text has its own three."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.time_dim, 6 * config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x, time, layout):                                               # [B, L, D], [B, time_dim]
+        video, text = rearrange(self.linear(F.silu(time)), "B (two three D) -> two three B 1 D", two=2, three=3)
+        lengths = [layout.text_tokens, layout.tokens - layout.text_tokens]
+        shift, scale, gate = (torch.cat([a.expand(-1, n, -1) for a, n in zip(pair, lengths)], dim=1) for pair in zip(text, video))
+        return modulate(self.norm(x), shift, scale), gate                             # each [B, L, D]
+
+
+class Block(nn.Module):
+    """CogVideoX's block, with the global layer between attention and its residual (eq 8 to 12)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm_1 = AdaLN(config)
+        self.attention = FullAttention(config) if config.layer == "full" else LocalAttention(config)
+        self.global_layer = BothDirections(config) if LAYERS[config.layer] else None
+        self.norm_2 = AdaLN(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, time, layout):
+        y, gate = self.norm_1(x, time, layout)
+        y = self.attention(y, layout)
+        if self.global_layer is not None:
+            y = self.global_layer(y, layout)
+        x = x + gate * y
+        y, gate = self.norm_2(x, time, layout)
+        return x + gate * self.mlp(y)
+
+
+class DiT(nn.Module):
+    """The diffusion transformer: (latents [B, T, C, h, w], text [B, S, N, text_dim], t int64 [B]) -> v [B, T, C, h, w].
+
+    With the layer "local" this is CogVideoX-5B (section 4.1), tensor for tensor.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        pixels = config.channels * config.patch ** 2
+        self.patch_in = nn.Linear(pixels, config.dim)
+        self.text_in = nn.Linear(config.text_dim, config.dim)
+        self.time = TimeEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm_final = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm_out = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.modulate_out = nn.Linear(config.time_dim, 2 * config.dim)
+        self.patch_out = nn.Linear(config.dim, pixels)
+
+    def forward(self, latents, text, t):
+        config, S = self.config, text.shape[1]
+        layout = Layout(S, text.shape[2], config.grid(S))
+        if latents.shape[1:] != (layout.grid[0], config.channels, config.height, config.width):
+            raise ValueError(f"{S} segments need latents [B, {layout.grid[0]}, {config.channels}, {config.height}, {config.width}], not {list(latents.shape)}")
+        p = config.patch
+        video = self.patch_in(rearrange(latents, "B T C (h p) (w q) -> B (T h w) (C p q)", p=p, q=p))
+        words = self.text_in(rearrange(text, "B S N d -> B (S N) d"))
+        x = torch.cat([words, video], dim=1)                                          # [B, L, D] as stored
+        time = self.time(t)                                                           # [B, time_dim]
+        for block in self.blocks:
+            x = block(x, time, layout)
+        video = self.norm_final(x[:, layout.text_tokens:])
+        shift, scale = self.modulate_out(F.silu(time))[:, None].chunk(2, dim=-1)
+        video = self.patch_out(modulate(self.norm_out(video), shift, scale))
+        _, h, w = layout.grid
+        return rearrange(video, "B (T h w) (C p q) -> B T C (h p) (w q)", h=h, w=w, p=p, q=p)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 9. Diffusion
+# ----------------------------------------------------------------------------------------------------
+
+
+def alphas_cumprod(snr_shift=1.0):
+    """alpha-bar of the 1000 diffusion steps, float64, with zero signal at the last (appendix A)."""
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    alpha_bar = alpha_bar / (snr_shift + (1 - snr_shift) * alpha_bar)
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def diffusion_loss(model, latents, text, t, noise):
+    """Mean squared error of v (v-prediction, appendix A): t int64 [B] in 0..999, noise like latents [B, T, C, h, w]."""
+    alpha_bar = alphas_cumprod(model.config.snr_shift).to(latents.device)[t]
+    a, s = (rearrange(y.sqrt().float(), "B -> B 1 1 1 1") for y in (alpha_bar, 1 - alpha_bar))
+    v = a * noise - s * latents
+    # An x_0 error weighted by 1/s^2, as in the published code, is the same number: x_0 = a x_t - s v.
+    return F.mse_loss(model(a * latents + s * noise, text, t).float(), v)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 10. Training in stages (section 3.3, Table 2)
+# ----------------------------------------------------------------------------------------------------
+
+
+def is_new(name):
+    """The parameters that the pre-trained network does not have: global layers and their gates."""
+    return ".global_layer." in name
+
+
+def trains(name, stage):
+    return stage.everything or is_new(name) or ".attention." in name
+
+
+def decays(name, parameter):
+    """Weight decay is for matrices, TTT's W1 and W2 among them; not for biases, norms and gates."""
+    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] in ("weight", "W1", "W2")
+
+
+def make_optimizer(model, stage, config):
+    """AdamW over what the stage trains, in up to four groups: new or not, decayed or not."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name, stage))
+        if parameter.requires_grad:
+            key = is_new(name), decays(name, parameter)
+            groups.setdefault(key, []).append(parameter)
+    groups = [dict(params=params, new=new, weight_decay=config.weight_decay * decay) for (new, decay), params in groups.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def lr_at(step, stage, new, config):
+    """Learning rate of a step 0 .. steps-1: linear warmup, then constant or a cosine that ends at LR_END."""
+    peak, schedule = (stage.lr_new, stage.schedule_new) if new else (stage.lr_rest, stage.schedule_rest)
+    warmup = max(1, round(config.warmup * stage.steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, stage.steps - warmup)
+    return LR_END + (peak - LR_END) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def run_folder(out_dir, config, name):
+    """Where a stage is written: OUT_DIR/PRESET-LAYER/STAGE. All layers share one pretrain."""
+    layer = "local" if name == "pretrain" else config.layer
+    seed = f"-seed{config.seed}" if config.seed else ""
+    return Path(out_dir) / f"{config.preset}-{layer}{seed}" / name
+
+
+def save_model(model, path, **manifest):
+    """Write what sampling needs, config included, in one file."""
+    manifest = dict(manifest, config=dataclasses.asdict(model.config))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, metadata={"ttt_minute": json.dumps(manifest)})
+
+
+def read_checkpoint(path):
+    """Tensors and manifest of a file that save_model or save_state wrote. Nothing in it is executed."""
+    try:
+        with safe_open(path, "pt") as file:
+            manifest = json.loads((file.metadata() or {}).get("ttt_minute", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train its stage first")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or corrupt ({error}); train its stage again with --overwrite")
+    if manifest is None:
+        raise UserError(f"{path} was not written by ttt_minute.py")
+    return tensors, manifest
+
+
+SHAPE = "channels height width text_dim depth heads head_width time_dim patch".split()
+
+
+def check_config(path, saved, config):
+    """A checkpoint of another preset, layer or shape is an error that names the difference."""
+    layers = {config["layer"], "local"}
+    if saved["layer"] not in layers:
+        raise UserError(f'{path} was trained with layer "{saved["layer"]}", this run has "{config["layer"]}"')
+    for field in ["preset"] + SHAPE:
+        if saved[field] != config[field]:
+            raise UserError(f"{path} was trained with {field} {saved[field]}, this run has {config[field]}")
+
+
+def load_weights(model, path):
+    """Start from an earlier stage. A `local` checkpoint leaves the new parameters as they are initialised."""
+    tensors, manifest = read_checkpoint(path)
+    check_config(path, manifest["config"], dataclasses.asdict(model.config))
+    missing, extra = model.load_state_dict(tensors, strict=False)
+    missing = [name for name in missing if not (manifest["config"]["layer"] == "local" and is_new(name))]
+    if missing or extra:
+        raise UserError(f"{path} does not fit this network: tensor {(missing + extra)[0]} is {'missing' if missing else 'unknown'}")
+
+
+def load_checkpoint(path):
+    """The DiT in a model.safetensors, with the config it was trained with."""
+    tensors, manifest = read_checkpoint(path)
+    known = {field.name for field in dataclasses.fields(Config)}
+    model = DiT(Config(**{name: value for name, value in manifest["config"].items() if name in known}))
+    model.load_state_dict(tensors)
+    return model
+
+
+def save_state(folder, model, optimizer, step, manifest):
+    """state/STEP: everything resuming needs. The last two are kept."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {"model." + name: tensor for name, tensor in model.state_dict().items()}
+    for parameter, state in optimizer.state.items():
+        tensors |= {f"{key}.{names[parameter]}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+    with atomic(folder / "state" / f"{step:06d}") as temporary:
+        temporary.mkdir()
+        save_file(tensors, temporary / "state.safetensors", metadata={"ttt_minute": json.dumps(manifest | {"step": step})})
+    for old in saved_states(folder)[:-2]:
+        shutil.rmtree(old)
+
+
+def saved_states(folder):
+    return sorted(path for path in (folder / "state").glob("*") if path.name.isdigit())
+
+
+def load_state(folder, model, optimizer, manifest):
+    """Put the newest state back and return its step."""
+    path = saved_states(folder)[-1] / "state.safetensors"
+    tensors, saved = read_checkpoint(path)
+    check_config(path, saved["config"], manifest["config"])
+    for key in ("batch", "steps"):
+        if saved[key] != manifest[key]:
+            raise UserError(f"{path} was made by a run with {key} {saved[key]}, this one has {manifest[key]}; resume with the same flags")
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(saved["step"])), **moments}
+    return saved["step"]
+
+
+def draw(runs, stage, config, name, step):
+    """The batch of a step: latents, text, t, noise. Seed, stage and step decide everything, so a resumed run needs no
+    random state: it draws what the undisturbed run would have drawn."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + list(STAGES).index(name) * 100_003 + step)
+    items = torch.randint(len(runs), (stage.batch,), generator=generator)
+    latents, text = runs.batch(items.tolist())
+    t = torch.randint(1000, (stage.batch,), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    keep = torch.rand(stage.batch, generator=generator) >= config.text_dropout
+    return latents, text * keep[:, None, None, None], t, noise
+
+
+def train(model, name, stage, runs, folder, start, every, stop):
+    """One stage: for step: learning rate, batch, loss, backward, clip, step, log. `stop()` asks to save and leave."""
+    config, device = model.config, next(model.parameters()).device
+    optimizer = make_optimizer(model, stage, config)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch)
+    first = load_state(folder, model, optimizer, manifest) if start == "resume" else 0
+    tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
+    folder.mkdir(parents=True, exist_ok=True)
+    log = trim_log(folder / "log.jsonl", first)
+
+    bar = tqdm(range(first, stage.steps), desc=name, initial=first, total=stage.steps, unit="step", dynamic_ncols=True)
+    for step in bar:
+        begin = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, stage, group["new"], config)
+        latents, text, t, noise = (x.to(device) for x in draw(runs, stage, config, name, step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = diffusion_loss(model, latents, text, t, noise)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
+        if not torch.isfinite(loss + norm):
+            kept = saved_states(folder)
+            bar.close()
+            sys.exit(f"error: the loss or its gradient became {(loss + norm).item()} at step {step} of stage {name}; "
+                     f"{f'the last good state is {kept[-1]}' if kept else 'nothing had been saved yet'}; lower the learning rate or eta")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        seconds = time.perf_counter() - begin
+        lr = {"lr_new" if group["new"] else "lr": group["lr"] for group in optimizer.param_groups}
+        log.write(json.dumps(dict(stage=name, step=step, loss=loss.item(), **lr, grad_norm=norm.item(), ms=round(1000 * seconds, 1),
+                                  tokens_per_second=round(tokens / seconds), memory_gb=round(memory_gb(device), 2))) + "\n")
+        log.flush()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        done = step + 1
+        if stop() or done == stage.steps or done % every == 0:
+            save_state(folder, model, optimizer, done, manifest)
+        if stop() and done < stage.steps:
+            bar.close()
+            raise KeyboardInterrupt
+    log.close()
+    save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps, codec=runs.index["codec"])
+    plot_loss(folder)
+
+
+def trim_log(path, first):
+    """Open a stage's log for appending, without the steps that will be taken again."""
+    lines = path.read_text().splitlines(keepends=True)[:first] if first else []
+    with atomic(path) as temporary:
+        temporary.write_text("".join(lines))
+    return path.open("a")
+
+
+def memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                 # not on Windows; there it is left out
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def plot_loss(folder):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    loss = torch.tensor([json.loads(line)["loss"] for line in (folder / "log.jsonl").open()])
+    window = max(1, len(loss) // 20)
+    mean = loss.unfold(0, window, 1).mean(-1)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(loss, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(range(window - 1, len(loss)), mean, color="tab:blue", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss (mean squared error of v)", title=f"{folder.parent.name}, stage {folder.name}", ylim=(0, None))
+    axes.legend()
+    with atomic(folder / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+# The command line: every Config field is a flag, and a few flags say what to run.
+
+
+def add_config_flags(parser):
+    group = parser.add_argument_group("every field of Config is a flag too; the preset's value stands unless given")
+    for field in dataclasses.fields(Config):
+        choices = {"preset": list(PRESETS), "layer": list(LAYERS), "backend": ["auto", *SCAN_BACKENDS]}.get(field.name)
+        group.add_argument(f"--{field.name}", type=type(field.default), choices=choices, metavar=None if choices else type(field.default).__name__,
+                           help=f"pocket: {field.default}")
+
+
+def config_from(args):
+    """Defaults, then the preset's row, then the flags."""
+    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = Config(**{**PRESETS[given.get("preset", Config.preset)], **given})
+    for name in "depth heads head_width patch mini_batch scan_checkpoint text_len".split():
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 1 is needed")
+    if config.head_width % 16:
+        raise UserError(f"--head_width {config.head_width}: RoPE turns a quarter and three eighths of it in pairs, so it must be a multiple of 16")
+    if config.height % config.patch or config.width % config.patch:
+        raise UserError(f"--patch {config.patch} does not divide latents of {config.height} x {config.width}")
+    return config
+
+
+def pick_device(name=None):
+    """cuda, then mps, then cpu, or the one asked for."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = torch.device(name or next(kind for kind in there if there[kind]))
+    if not there.get(device.type, False):
+        raise UserError(f"--device {name}: this machine has {', '.join(kind for kind in there if there[kind])}")
+    return device
+
+
+def seconds_a_token(config, device):
+    """Time one training step of a 3-second clip, to announce how long a run will take."""
+    model, batch = DiT(config).to(device), 2
+    T, text = 13, torch.zeros(batch, 1, config.text_len, config.text_dim, device=device)
+    latents = torch.zeros(batch, T, config.channels, config.height, config.width, device=device)
+    for _ in range(3):
+        begin = time.perf_counter()
+        diffusion_loss(model, latents, text, torch.zeros(batch, dtype=torch.long), latents).backward()
+    return (time.perf_counter() - begin) / (batch * Layout(1, config.text_len, config.grid(1)).tokens)
+
+
+def print_plan(config, stages, todo, device, episodes):
+    print(f"{config.preset}, layer {config.layer}, on {device} with {torch.get_num_threads()} threads. Paper's numbers in brackets (Table 2).\n")
+    print(f"{'stage':<9} {'segments':>8} {'tokens':>8} {'steps x batch':>22} {'lr of new / rest':>36} {'expected':>9}")
+    if episodes:
+        print(f"{'world':<9} {f'{episodes} episodes of a minute: render, encode':<76} {WORLD_SECONDS * episodes / 60:7.1f} min")
+    total = WORLD_SECONDS * episodes
+    rate = {}
+    for name in todo:
+        stage, paper = stages[name], STAGES[name]
+        own = dataclasses.replace(config, layer="local") if name == "pretrain" else config
+        if own.layer not in rate:
+            rate[own.layer] = seconds_a_token(own, device)
+        tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
+        seconds = rate[own.layer] * tokens * (stage.steps * stage.batch + 40)         # sampling reads a video about 100 times, forward only
+        total += seconds
+        known = name != "pretrain"
+        steps = f"{stage.steps} x {stage.batch}" + (f" ({paper.steps} x {paper.batch})" if known else "")
+        lr = f"{stage.lr_new:.0e} / {stage.lr_rest:.0e}" + (f" ({paper.lr_new:.0e} / {paper.lr_rest:.0e})" if known else "")
+        print(f"{name:<9} {stage.segments:>8} {tokens:>8} {steps:>22} {lr:>36} {seconds / 60:7.1f} min")
+    print(f"{'in all':<87} {total / 60:7.1f} min\n")
+
+
+WORLD_SECONDS = 0.8                 # an episode of the pocket world on two cores, from drawing to latents
+
+
+def main():
+    parser = Parser("ttt_minute.py", description="Train a stage of one-minute video generation with TTT, and what it needs before it.",
+                    epilog="example: python ttt_minute.py --stage 9s")
+    parser.add_argument("--stage", choices=list(STAGES), default="9s", help="train up to this stage (default 9s)")
+    parser.add_argument("--out_dir", default="out", help="where runs are written (default out)")
+    parser.add_argument("--data", help="a folder made by `dataset.py --ingest` (default: the pocket world, rendered when missing)")
+    parser.add_argument("--episodes", type=int, default=64, help="one-minute episodes of the pocket world to train on (default 64)")
+    parser.add_argument("--steps", type=int, help="steps of every stage, in place of the preset's")
+    parser.add_argument("--batch_size", type=int, help="videos a step, in place of the preset's")
+    parser.add_argument("--checkpoint_every", type=int, default=100, help="save what --resume needs every so many steps (default 100)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted stage")
+    parser.add_argument("--overwrite", action="store_true", help="train the stage again")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    add_config_flags(parser)
+    parser.set_defaults(**{field.name: None for field in dataclasses.fields(Config)})
+    args = parser.parse_args()
+    for name in ("steps", "batch_size", "checkpoint_every", "episodes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    config, device = config_from(args), pick_device(args.device)
+
+    stages = stages_of(config.preset)
+    changes = {"steps": args.steps, "batch": args.batch_size}
+    stages = {name: dataclasses.replace(stage, **{key: value for key, value in changes.items() if value}) for name, stage in stages.items()}
+    if args.stage not in stages:
+        raise UserError(f"--stage {args.stage}: preset {config.preset} has the stages {', '.join(stages)}")
+    chain = list(stages)[:list(stages).index(args.stage) + 1]
+    folders = {name: run_folder(args.out_dir, config, name) for name in chain}
+    done = [name for name in chain if (folders[name] / "model.safetensors").exists() and not (args.overwrite and name == args.stage)]
+    todo = [name for name in chain if name not in done]
+    todo = [name for name in todo if not set(chain[chain.index(name):]) & set(done)]     # nothing before a trained stage is needed
+    for name in todo:
+        if args.overwrite and name == args.stage and not args.dry_run:
+            shutil.rmtree(folders[name], ignore_errors=True)
+        if saved_states(folders[name]) and not args.resume and not args.dry_run:
+            raise UserError(f"stage {name} was interrupted; add --resume to go on, or --overwrite to start it again")
+    if config.preset != "pocket" and todo and not args.dry_run:
+        raise UserError(f"preset {config.preset} starts from the weights of CogVideoX, which this version cannot read yet; --dry_run prints its plan")
+
+    data = Path(args.data) if args.data else Path(args.out_dir) / "pocket-world" / "latents"
+    episodes = 0 if args.data or (data / "index.json").exists() or not todo else args.episodes
+    print_plan(config, stages, todo, device, episodes)
+    if args.dry_run:
+        return
+    import sample
+    if episodes:
+        videos = data.parent / "videos"
+        dataset.render_world(videos, episodes)
+        dataset.ingest(videos, data, dataset.PocketCodec(), dataset.PocketText(config.text_len, config.text_dim))
+
+    interrupted = []
+    handler = lambda signal_number, frame: interrupted.append(signal_number) if not interrupted else sys.exit(130)
+    for name in todo:
+        stage, folder = stages[name], folders[name]
+        own = dataclasses.replace(config, layer="local") if name == "pretrain" else config
+        torch.manual_seed(config.seed)
+        model = DiT(own).to(device)
+        if name != chain[0]:
+            load_weights(model, folders[chain[chain.index(name) - 1]] / "model.safetensors")
+        runs = dataset.Runs(data, stage.segments)
+        signal.signal(signal.SIGINT, handler)
+        try:
+            train(model, name, stage, runs, folder, "resume" if saved_states(folder) else "new", args.checkpoint_every, lambda: interrupted)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; go on with: python {' '.join(sys.argv)}{'' if args.resume else ' --resume'}", file=sys.stderr)
+            raise
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        sample.show_stage(model, folder, stage.segments, device)
+    if not todo:
+        print(f"stage {args.stage} is already trained ({folders[args.stage]}); --overwrite trains it again")
+        sample.show_stage(load_checkpoint(folders[args.stage] / "model.safetensors").to(device), folders[args.stage], stages[args.stage].segments, device)
+    print(f"done: {folders[args.stage]} holds {', '.join(sorted(path.name for path in folders[args.stage].iterdir()))}")
+
+
+if __name__ == "__main__":
+    from ttt_minute import main     # as one module, so that errors raised elsewhere are the errors caught here
+    run_main(main)
