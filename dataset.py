@@ -1,6 +1,30 @@
-"""Storyboards, the pocket world, and the path every video takes to the disk.
+"""Storyboards, the pocket world, and the way every video takes to the disk.
 
-HEADER
+    python dataset.py --render 8 --out videos            # episodes of the pocket world: NAME.mp4 with NAME.json
+    python dataset.py --ingest videos --out data         # those, or your own videos, to latents and text embeddings
+    python dataset.py --storyboard 7 --segments 3        # a storyboard that training never sees, to edit and to sample
+    python dataset.py --train_codec                      # makes assets/pocket_codec.safetensors again
+
+What ingestion reads: `NAME.mp4` (or anything ffmpeg reads) and beside it `NAME.json`, a list of scenes
+
+    [{"start": 0.0, "end": 9.5, "segments": ["In the kitchen ...", "Mia runs ...", "Pip waves ..."]}, ...]
+
+with times in seconds and one paragraph for every whole 3 seconds of the scene.
+
+What it writes: `NAME.safetensors` with `latents` float16 [S, 13, C, h, w] and `text` float16 [S, N, dim] (segment i: the
+latents of its 48 frames and the frame after them, the embedding of its paragraph), metadata beside them (format, codec,
+scale, text_encoder, source, fps, scenes), and one `index.json` that says what all files share and how long each one is.
+
+| 1 | small shared things | errors, flags, atomic writes |
+| 2 | storyboards         | Format 3, the official JSON (3.2) |
+| 3 | the pocket world    | a cartoon with a ground truth |
+| 4 | the codec           | in place of the VAE, and how it was trained |
+| 5 | the text encoder    | in place of T5 |
+| 6 | real videos         | scenes -> 3-second segments -> latents (3.3) |
+| 7 | the loader          | runs of consecutive segments |
+| 8 | the command line    | |
+
+Sections of the paper are those of arXiv 2504.05298v1.
 """
 
 import argparse
@@ -17,21 +41,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-FPS = 16                    # frames a second, as CogVideoX was trained (3.1)
-SEGMENT = 48                # frames in a 3-second segment
-SECONDS = SEGMENT // FPS
+FPS = 16                    # frames a second (3.1)
+SECONDS = 3                 # of a segment
+SEGMENT = FPS * SECONDS     # 48 frames
+FOURS = 4                   # frames in a latent frame; the first frame of a video has one alone
 
 
 # 1. Small shared things -----------------------------------------------------------------------------------
@@ -56,13 +81,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": wide, **kwargs})
 
     def parse_args(self, args=None, namespace=None):
-        known, extra = self.parse_known_args(args, namespace)
-        if extra:
-            word = extra[0].split("=")[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            what = "unknown flag" if word.startswith("-") else "unexpected argument"
-            self.error(f"{what} {word}{nearest(word, flags)}")
-        return known
+        args = sys.argv[1:] if args is None else list(args)
+        for flag in (word.split("=")[0] for word in args):
+            if re.match(r"--?[A-Za-z]", flag) and flag not in self._option_string_actions:
+                self.error(f"unknown flag {flag}{nearest(flag, self._option_string_actions)}")
+        return super().parse_args(args, namespace)
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
@@ -142,20 +165,26 @@ def read_json(text, where):
 
 def check_marks(text, where):
     """Anything that looks like a scene mark and is not one: `<start_sceen>`, `Send_scene`, `<END_SCENE>`."""
-    rest = text.replace(START, " ").replace(END, " ")
+    rest = text.replace(START, "").replace(END, "")
     for word in re.findall(r"<[^<>\n]{1,24}>|[<\[({/]*\w*_\w*[>\])}]*|<\w+|\w+>", rest):
         match = difflib.get_close_matches(word.lower(), [START, END], n=1, cutoff=0.7)
         if match:
             raise UserError(f"{where}: {word} is not a scene mark, did you mean {match[0]}?")
 
 
+def mark_scene(paragraphs):
+    """The paragraphs of one scene as the text encoder reads them: marks around the first and the last."""
+    last = len(paragraphs) - 1
+    return [START * (i == 0) + text + END * (i == last) for i, text in enumerate(paragraphs)]
+
+
 def parse_format_3(text, name):
     """One video: the pieces between marks and blank lines are its paragraphs, and every one is inside a scene."""
-    check = re.split(r"\n\s*\n", text.strip())
-    for number, block in enumerate(check, 1):
+    blocks = re.split(r"\n\s*\n", text.replace(START, "").replace(END, "").strip())
+    for number, block in enumerate(blocks, 1):
         check_marks(block, f"{name}, paragraph {number}")
     if START not in text and END not in text:
-        raise UserError(f"{name}: no scene marks; write {START} before a scene's first paragraph and {END} after its last")
+        raise UserError(f"{name}: no scene marks, write {START} before a scene's first paragraph and {END} after its last")
     scenes, opened = [], None                                       # a scene is a list of paragraphs
     for piece in re.split(rf"({START}|{END}|\n\s*\n)", text):
         piece, number = " ".join(piece.split()), sum(map(len, scenes)) + 1
@@ -176,21 +205,15 @@ def parse_format_3(text, name):
                 raise UserError(f"{where}: a paragraph outside any scene, begin it with {START}")
             scenes[-1].append(piece)
     if opened:
-        raise UserError(f"{name}, paragraph {opened}: the scene that begins here is never closed, end its last paragraph with {END}")
+        raise UserError(f"{name}, paragraph {opened}: the scene that begins here has no end, close it with {END}")
     return [Segment(text, None, number) for number, scene in enumerate(scenes) for text in mark_scene(scene)]
-
-
-def mark_scene(paragraphs):
-    """The paragraphs of one scene as the text encoder reads them: marks around the first and the last."""
-    last = len(paragraphs) - 1
-    return [START * (i == 0) + text + END * (i == last) for i, text in enumerate(paragraphs)]
 
 
 def parse_official(video, name):
     """One video of the official format: a list of {text, requires_scene_transition, neg_text}."""
     if not isinstance(video, list) or not video:
         raise UserError(f"{name}: a video must be a list of segments that is not empty")
-    scenes = []
+    scenes, after_end = [], False
     for number, segment in enumerate(video, 1):
         where = f"{name}, segment {number}"
         text, negative, cut = check_segment(segment, where)
@@ -231,17 +254,17 @@ def parse_storyboard(path):
     `.txt` is Format 3 (one video), `.json` the official list of videos, `.jsonl` one video a line.
     Raises UserError, naming the file and the paragraph, line or segment.
     """
-    name, text = Path(path).name, read_text(path)
-    suffix = Path(path).suffix.lower()
+    name, suffix = Path(path).name, Path(path).suffix.lower()
     if suffix not in (".txt", ".json", ".jsonl"):
         raise UserError(f"{name}: a storyboard is .txt (Format 3), .json or .jsonl")
+    text = read_text(path)
     if not text.strip():
         raise UserError(f"{name}: the storyboard is empty")
     if suffix == ".txt":
         return [parse_format_3(text, name)]
     if suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        return [parse_official(read_json(line, f"{name}, line {number}"), f"{name}, line {number}") for number, line in lines]
+        lines = [(f"{name}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [parse_official(read_json(line, where), where) for where, line in lines]
     videos = read_json(text, name)
     if not isinstance(videos, list) or not videos or isinstance(videos[0], dict):
         raise UserError(f"{name}: must be a list of videos, each a list of segments: [[{{...}}, {{...}}]]")
@@ -259,62 +282,56 @@ CHARACTER_COLOURS = {"red": (220, 50, 50), "yellow": (250, 205, 40), "green": (5
                      "cyan": (50, 195, 210), "blue": (55, 85, 220), "magenta": (205, 65, 195)}
 WALL_COLOURS = {"rose": (244, 172, 172), "sand": (247, 224, 150), "mint": (172, 226, 178),
                 "sky": (164, 208, 246), "lilac": (204, 180, 240), "pearl": (234, 234, 230)}
-FLOOR_COLOURS = {"brown": (150, 102, 72), "slate": (98, 108, 128), "olive": (122, 132, 82),
-                 "terracotta": (190, 108, 84), "tan": (204, 168, 122), "plum": (116, 80, 106)}
+FLOORS = {"kitchen": (204, 168, 122), "bedroom": (150, 102, 72), "library": (116, 80, 106), "garden": (122, 132, 82)}
 FURNITURE_COLOURS = {"navy": (44, 58, 120), "crimson": (150, 34, 50), "forest": (30, 96, 62),
-                     "ochre": (206, 146, 40), "white": (242, 238, 228), "violet": (112, 60, 142)}
+                     "ochre": (206, 146, 40), "ivory": (242, 238, 228), "violet": (112, 60, 142)}
 FURNITURE = ("armchair", "table", "chest", "lamp")
-PLACES = {"left": 0.375, "middle": 0.75, "right": 1.125}            # lengths are in picture heights: 1 x 1.5
-OUTSIDE = {"left": -0.375, "right": 1.875}                          # walking a place or two takes 1 or 2 pixels a frame
-CORNERS = {"left": 0.27, "middle": 0.75, "right": 1.23}             # where furniture stands
-FLOOR = 0.70                                                        # where wall and floor meet
+HEIGHT, WIDTH = 128, 192                                   # of the rendered videos; a codec reads them smaller
+DRAWINGS = SEGMENT // FOURS                                # the cartoon is animated on fours: a drawing lasts four frames
+PLACES = {"left": 0.375, "middle": 0.75, "right": 1.125}   # of characters; lengths are in picture heights, 1 x 1.5
+CORNERS = {"kitchen": 1.20, "bedroom": 0.32, "library": 1.26, "garden": 0.40}      # where a room has its furniture
+SPEED = {"walk": 0.375, "run": 0.75}                       # picture heights a segment
+FLOOR = 0.70                                               # where wall and floor meet
 FEET = {"Mia": 0.88, "Pip": 0.95}
-POSES = ("stand", "air", *(f"walk{i}" for i in range(4)), *(f"wave{i}" for i in range(4)))
-TEST_SEEDS = 1_000_000                                              # seeds from here on are never trained on
+TEST_SEEDS = 1_000_000                                     # seeds from here on are never trained on
 
 
 @dataclass(frozen=True)
 class Room:
-    """What an episode hides about a room: names into the palettes, the furniture's kind and place."""
+    """What an episode hides about a room: names into the palettes, and the kind of furniture."""
     wall: str
-    floor: str
     furniture: str
-    place: str
     colour: str
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A room, who is in it, when (segments first ... first + segments - 1), and where everybody is in every frame.
+    """A room, its cast, its segments (first ... first + segments - 1), and where everybody is in every drawing.
 
-    A scene is shot with one frame beyond its last segment, so that no latent of four frames sees two scenes.
+    `drawings` holds 12 segments + 1 dictionaries {who: (x, y, pose, facing right)}, the feet in picture heights.
+    The one drawing beyond the last segment is why no latent of four frames ever sees two scenes.
     """
     room: str
     cast: tuple
     first: int
     segments: int
-    feet: np.ndarray             # [48 segments + 1, 2, 2]: x, y of Mia's and Pip's feet in picture heights, NaN when away
-    poses: np.ndarray            # int [48 segments + 1, 2]: 2 * index in POSES + (1 when facing right)
+    drawings: tuple
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A storyboard and the ground truth behind it, S segments long."""
+    """A storyboard of S segments and the ground truth behind it."""
     seed: int
     scenes: tuple[Scene, ...]
     segments: tuple[Segment, ...]
     colours: dict                # character -> name in CHARACTER_COLOURS
     rooms: dict                  # room -> Room
 
-    @property
-    def feet(self):
-        """Where everybody is in every frame of the joined video, [48 S + 1, 2, 2]."""
-        return join_scenes([scene.feet for scene in self.scenes])
-
-
-def join_scenes(clips):
-    """Clips of 48 n + 1 frames -> one of 48 S + 1: frame 48 i is the last of segment i - 1, so a cut shows at 48 i + 1."""
-    return np.concatenate([clip[k > 0:] for k, clip in enumerate(clips)])
+    def at(self, frame):
+        """The scene of frame 0 ... 48 S of the joined video, and {who: (x, y, pose, facing right)} in it."""
+        drawing = -(-frame // FOURS)
+        scene = next(scene for scene in self.scenes if drawing <= DRAWINGS * (scene.first + scene.segments))
+        return scene, scene.drawings[drawing - DRAWINGS * scene.first]
 
 
 def pick(rng, options):
@@ -349,51 +366,43 @@ FILLERS = ("Nobody else is here.", "The camera does not move.", "Everything else
 
 @dataclass(frozen=True)
 class Action:
-    """What one character does in a segment: from where (or from outside) to where, in words and in picture heights."""
+    """What one character does in a segment, and between which places, in words and in picture heights."""
     verb: str
     start: str
     end: str
-    enters: bool
 
     def clause(self, rng, who):
         name = pick(rng, (who, f"{who} the {CHARACTERS[who]}"))
         verb = pick(rng, VERBS[self.verb])
-        if self.enters:
-            return f"{name} {verb} in from the {self.start} and stops {pick(rng, AT[self.end])}"
         if self.start != self.end:
             return f"{name} {verb} from the {self.start} to the {self.end}"
         return f"{name} {verb} {pick(rng, AT[self.end])}"
 
-    def at(self, t):
-        """(x, lift, pose, facing right) at frame t of 0 ... 48. Poses are drawn on fours, as in cheap cartoons."""
-        start = (OUTSIDE if self.enters else PLACES)[self.start]
-        end = PLACES[self.end]
+    def at(self, t, y):
+        """(x, y, pose, facing right) in drawing t of 0 ... 12, for feet that stand at y."""
+        start, end = PLACES[self.start], PLACES[self.end]
         right = end > start if end != start else self.end == "left"
-        if self.verb in ("walk", "run"):
-            frames, hold = (SEGMENT, 4) if self.verb == "walk" else (SEGMENT // 2, 2)
-            x = start + (end - start) * min(t / frames, 1)
-            return x, 0.0, f"walk{(t + 3) // hold % 4}" if t < frames else "stand", right
+        if self.start != self.end:
+            steps = round(DRAWINGS * abs(end - start) / SPEED[self.verb])
+            return start + (end - start) * min(t / steps, 1), y, f"walk{t % 4}" if t < steps else "stand", right
         if self.verb == "jump":
-            lift = 0.14 * abs(np.sin(2 * np.pi * t / SEGMENT))
-            return end, lift, "air" if lift > 0.04 else "stand", right
-        return end, 0.0, f"wave{(t + 3) // 4 % 4}" if self.verb == "wave" else "stand", right
+            lift = 0.14 * abs(np.sin(np.pi * t / 6))
+            return end, y - lift, "air" if lift > 0.01 else "stand", right
+        return end, y, f"wave{t % 4}" if self.verb == "wave" else "stand", right
 
 
-def plan_action(rng, place, enters):
-    """A random action from `place`: a place in the room, or a side when the character enters."""
-    verb = pick(rng, ("walk", "run") if enters else ("stand", "wave", "wave", "jump", "jump", "walk", "walk", "run"))
-    if verb not in ("walk", "run"):
-        return Action(verb, place, place, enters)
-    end = place if enters else pick(rng, [end for end in PLACES if end != place])
-    return Action(verb, place, end, enters)
+def plan_action(rng, place):
+    """A random action from `place`: one place is walked, one or two are run."""
+    verb = pick(rng, ("stand", "wave", "wave", "jump", "jump", "walk", "walk", "walk", "run", "run"))
+    reach = {"walk": 0.5, "run": 1.0}.get(verb, 0.0)
+    ends = [end for end in PLACES if 0 < abs(PLACES[end] - PLACES[place]) < reach]
+    return Action(verb, place, pick(rng, ends or [place]))
 
 
-def plan_segment(rng, starts, new_scene):
+def plan_segment(rng, places):
     """{who: Action} for characters that are at {who: place}; at the end of a segment everyone has a place alone."""
     while True:
-        enters = {who: new_scene and rng.random() < 0.2 for who in starts}
-        sides = {who: pick(rng, OUTSIDE) if enters[who] else place for who, place in starts.items()}
-        plan = {who: plan_action(rng, sides[who], enters[who]) for who in starts}
+        plan = {who: plan_action(rng, place) for who, place in places.items()}
         if len({action.end for action in plan.values()}) == len(plan):
             return plan
 
@@ -416,28 +425,21 @@ def plan_scene(rng, room, first, segments):
     """A scene and its paragraphs: a cast, a place for everyone, and an action for everyone in every segment."""
     cast = pick(rng, (("Mia",), ("Pip",), ("Mia", "Pip"), ("Mia", "Pip")))
     places = dict(zip(cast, rng.permutation(list(PLACES)).tolist()))
-    feet = np.full((SEGMENT * segments + 1, 2, 2), np.nan, np.float32)
-    poses = np.zeros((SEGMENT * segments + 1, 2), int)
-    texts = []
+    drawings, texts = [{}] * (DRAWINGS * segments + 1), []
     for i in range(segments):
-        plan = plan_segment(rng, places, new_scene=i == 0)
+        plan = plan_segment(rng, places)
         places = {who: action.end for who, action in plan.items()}
         texts.append(paragraph(rng, room, plan))
-        for who, action in plan.items():
-            n = list(CHARACTERS).index(who)
-            for t in range(SEGMENT + 1):
-                x, lift, pose, right = action.at(t)
-                feet[SEGMENT * i + t, n] = x, FEET[who] - lift
-                poses[SEGMENT * i + t, n] = 2 * POSES.index(pose) + right
-    return Scene(room, cast, first, segments, feet, poses), texts
+        for t in range(DRAWINGS + 1):
+            drawings[DRAWINGS * i + t] = {who: action.at(t, FEET[who]) for who, action in plan.items()}
+    return Scene(room, cast, first, segments, tuple(drawings)), texts
 
 
 def episode(seed, segments):
     """The episode of a seed: `segments` segments of 3 seconds. The same seed gives the same episode everywhere."""
     rng = np.random.default_rng([2504, seed])
     colours = dict(zip(CHARACTERS, rng.permutation(list(CHARACTER_COLOURS)).tolist()))
-    rooms = {room: Room(pick(rng, WALL_COLOURS), pick(rng, FLOOR_COLOURS), pick(rng, FURNITURE),
-                        pick(rng, CORNERS), pick(rng, FURNITURE_COLOURS)) for room in ROOMS}
+    rooms = {room: Room(pick(rng, WALL_COLOURS), pick(rng, FURNITURE), pick(rng, FURNITURE_COLOURS)) for room in ROOMS}
     scenes, story, first = [], [], 0
     for room, length in plan_rooms(rng, segments):
         scene, texts = plan_scene(rng, room, first, length)
@@ -455,10 +457,9 @@ def storyboard_text(episode):
 class Canvas:
     """A picture of flat shapes with smooth edges. Shapes are signed distances (negative inside) in picture heights."""
 
-    def __init__(self, height, width, pixel, left=0.0, top=0.0):
-        self.pixel = pixel
-        self.x = left + (np.arange(width, dtype=np.float32) + 0.5)[None, :] * pixel
-        self.y = top + (np.arange(height, dtype=np.float32) + 0.5)[:, None] * pixel
+    def __init__(self, height, width, left=0.0, top=0.0):
+        self.x = left + (np.arange(width, dtype=np.float32) + 0.5)[None, :] / HEIGHT
+        self.y = top + (np.arange(height, dtype=np.float32) + 0.5)[:, None] / HEIGHT
         self.rgba = np.zeros((height, width, 4), np.float32)                 # premultiplied, 0 ... 255
 
     def ellipse(self, x, y, rx, ry):
@@ -484,13 +485,16 @@ class Canvas:
         """Paints (distance, colour) pairs in order, first all of them a little larger in ink if there is an outline."""
         inked = [(distance - outline, INK) for distance, _ in shapes] if outline else []
         for distance, colour in [*inked, *shapes]:
-            near = distance < self.pixel / 2
-            cover = (0.5 - distance[near] / self.pixel).clip(max=1)[:, None]
+            near = distance < 0.5 / HEIGHT
+            cover = (0.5 - distance[near] * HEIGHT).clip(max=1)[:, None]
             self.rgba[near] += cover * (np.array([*colour, 255], np.float32) - self.rgba[near])
 
 
 INK, WHITE, WOOD, LEAF, PINK = (40, 34, 46), (250, 250, 250), (146, 104, 66), (96, 160, 84), (250, 170, 180)
+GLASS, NIGHT = (150, 210, 250), (40, 48, 96)
+BOOKS = (196, 84, 74), (90, 140, 180), (226, 190, 110), (110, 160, 110)
 OUTLINE = 0.011
+FEET_AT = 76.8, 32                                         # row and column of a sprite
 
 
 def mix(colour, other, amount):
@@ -502,140 +506,140 @@ def draw_room(canvas, name):
     c = canvas
     if name == "kitchen":
         c.paint((c.box(0.86, 0.10, 1.34, 0.46, 0.02), WHITE), outline=OUTLINE)
-        c.paint((c.box(0.90, 0.14, 1.085, 0.42), (150, 210, 250)), (c.box(1.115, 0.14, 1.30, 0.42), (150, 210, 250)))
-        c.paint((c.box(-0.1, 0.48, 0.62, 0.74), (214, 214, 220)), (c.box(-0.1, 0.44, 0.66, 0.50), (120, 110, 116)), outline=OUTLINE)
-        c.paint((c.line(0.30, 0.53, 0.30, 0.72, 0.012), INK), (c.ellipse(0.25, 0.61, 0.016, 0.016), INK), (c.ellipse(0.35, 0.61, 0.016, 0.016), INK))
+        c.paint((c.box(0.90, 0.14, 1.085, 0.42), GLASS), (c.box(1.115, 0.14, 1.30, 0.42), GLASS))
+        c.paint((c.box(-0.1, 0.48, 0.62, 0.74), (214, 214, 220)), (c.box(-0.1, 0.44, 0.66, 0.50), (120, 110, 116)),
+                outline=OUTLINE)
+        c.paint((c.line(0.30, 0.53, 0.30, 0.72, 0.012), INK), (c.ellipse(0.25, 0.61, 0.016, 0.016), INK),
+                (c.ellipse(0.35, 0.61, 0.016, 0.016), INK))
     if name == "bedroom":
         c.paint((c.box(0.14, 0.10, 0.56, 0.46, 0.02), WHITE), outline=OUTLINE)
-        c.paint((c.box(0.18, 0.14, 0.52, 0.42), (40, 48, 96)), (c.ellipse(0.36, 0.28, 0.09, 0.09), (255, 240, 170)))
-        c.paint((c.ellipse(0.41, 0.25, 0.08, 0.08), (40, 48, 96)))
-        c.paint((c.box(1.36, 0.36, 1.44, 0.76, 0.02), WOOD), (c.box(0.82, 0.58, 1.40, 0.72, 0.03), WHITE), (c.box(1.20, 0.53, 1.36, 0.62, 0.04), PINK),
-                (c.box(0.80, 0.52, 0.86, 0.76, 0.02), WOOD), outline=OUTLINE)
+        c.paint((c.box(0.18, 0.14, 0.52, 0.42), NIGHT), (c.ellipse(0.36, 0.28, 0.09, 0.09), (255, 240, 170)),
+                (c.ellipse(0.41, 0.25, 0.08, 0.08), NIGHT))
+        c.paint((c.box(1.36, 0.36, 1.44, 0.76, 0.02), WOOD), (c.box(0.82, 0.58, 1.40, 0.72, 0.03), WHITE),
+                (c.box(1.20, 0.53, 1.36, 0.62, 0.04), PINK), (c.box(0.80, 0.52, 0.86, 0.76, 0.02), WOOD), outline=OUTLINE)
     if name == "library":
         c.paint((c.box(0.42, 0.06, 1.08, 0.72, 0.01), WOOD), outline=OUTLINE)
-        for row in range(3):
-            top = 0.10 + 0.20 * row
+        for row, top in enumerate((0.10, 0.30, 0.50)):
             c.paint((c.box(0.46, top, 1.04, top + 0.16), mix(WOOD, INK, 0.55)))
-            for i, colour in enumerate(((196, 84, 74), (90, 140, 180), (226, 190, 110), (110, 160, 110))):
+            for i, colour in enumerate(BOOKS):
                 x = 0.48 + 0.14 * ((i + row) % 4)
                 c.paint((c.box(x, top + 0.03, x + 0.11, top + 0.16), colour))
     if name == "garden":
-        c.paint((c.ellipse(0.20, 0.17, 0.10, 0.10), (255, 236, 130)))
-        for i in range(8):
-            c.paint((c.box(0.05 + 0.19 * i, 0.50, 0.15 + 0.19 * i, 0.73, 0.03), WHITE))
-        c.paint((c.box(-0.1, 0.57, 1.6, 0.61), WHITE))
+        c.paint((c.ellipse(0.20, 0.17, 0.10, 0.10), (255, 236, 130)), (c.box(-0.1, 0.57, 1.6, 0.61), WHITE))
+        c.paint(*[(c.box(0.05 + 0.19 * i, 0.50, 0.15 + 0.19 * i, 0.73, 0.03), WHITE) for i in range(8)])
         c.paint((c.box(1.16, 0.40, 1.26, 0.75), WOOD), (c.ellipse(1.21, 0.25, 0.24, 0.20), LEAF), outline=OUTLINE)
 
 
 def draw_furniture(canvas, kind, x, colour):
     """The big piece of furniture that an episode puts into a room, centred at x."""
     c, dark = canvas, mix(colour, INK, 0.35)
-    shapes = {
-        "armchair": lambda: [(c.box(x - .15, .44, x + .15, .74, .07), colour), (c.box(x - .14, .64, x + .14, .78, .02), dark),
-                             (c.box(x - .21, .58, x - .12, .80, .04), colour), (c.box(x + .12, .58, x + .21, .80, .04), colour)],
-        "table": lambda: [(c.box(x - .17, .60, x - .12, .82), dark), (c.box(x + .12, .60, x + .17, .82), dark),
-                          (c.box(x - .23, .54, x + .23, .64, .03), colour)],
-        "chest": lambda: [(c.box(x - .18, .60, x + .18, .81, .02), colour), (c.box(x - .19, .51, x + .19, .63, .05), dark),
-                          (c.box(x - .03, .59, x + .03, .67, .01), (250, 214, 90))],
-        "lamp": lambda: [(c.box(x - .02, .45, x + .02, .80), dark), (c.box(x - .10, .77, x + .10, .81, .02), dark),
-                         (c.polygon((x - .09, .20), (x + .09, .20), (x + .17, .46), (x - .17, .46)), colour)],
-    }
-    canvas.paint(*shapes[kind](), outline=OUTLINE)
+    if kind == "armchair":
+        shapes = [(c.box(x - 0.15, 0.44, x + 0.15, 0.74, 0.07), colour), (c.box(x - 0.14, 0.64, x + 0.14, 0.78, 0.02), dark),
+                  *[(c.box(x + s - 0.045, 0.58, x + s + 0.045, 0.80, 0.04), colour) for s in (-0.165, 0.165)]]
+    if kind == "table":
+        shapes = [(c.box(x - 0.17, 0.60, x - 0.12, 0.82), dark), (c.box(x + 0.12, 0.60, x + 0.17, 0.82), dark),
+                  (c.box(x - 0.23, 0.54, x + 0.23, 0.64, 0.03), colour)]
+    if kind == "chest":
+        shapes = [(c.box(x - 0.18, 0.60, x + 0.18, 0.81, 0.02), colour), (c.box(x - 0.19, 0.51, x + 0.19, 0.63, 0.05), dark),
+                  (c.box(x - 0.03, 0.59, x + 0.03, 0.67, 0.01), (250, 214, 90))]
+    if kind == "lamp":
+        shade = (x - 0.09, 0.20), (x + 0.09, 0.20), (x + 0.17, 0.46), (x - 0.17, 0.46)
+        shapes = [(c.box(x - 0.02, 0.45, x + 0.02, 0.80), dark), (c.box(x - 0.10, 0.77, x + 0.10, 0.81, 0.02), dark),
+                  (c.polygon(*shade), colour)]
+    canvas.paint(*shapes, outline=OUTLINE)
 
 
 @lru_cache(maxsize=64)
-def draw_background(name, room, height, width):
-    """A room of an episode without its characters, uint8 [height, width, 3]."""
-    canvas = Canvas(height, width, 1 / height)
-    canvas.paint((canvas.box(-1, -1, 3, 2), WALL_COLOURS[room.wall]), (canvas.box(-1, FLOOR, 3, 2), FLOOR_COLOURS[room.floor]))
-    canvas.paint((canvas.box(-1, FLOOR - 0.012, 3, FLOOR + 0.008), mix(FLOOR_COLOURS[room.floor], INK, 0.4)))
+def draw_background(name, room):
+    """A room of an episode without its characters, uint8 [128, 192, 3]."""
+    canvas, floor = Canvas(HEIGHT, WIDTH), FLOORS[name]
+    canvas.paint((canvas.box(-1, -1, 3, 2), WALL_COLOURS[room.wall]), (canvas.box(-1, FLOOR, 3, 2), floor),
+                 (canvas.box(-1, FLOOR - 0.012, 3, FLOOR + 0.008), mix(floor, INK, 0.4)))
     draw_room(canvas, name)
-    draw_furniture(canvas, room.furniture, CORNERS[room.place], FURNITURE_COLOURS[room.colour])
+    draw_furniture(canvas, room.furniture, CORNERS[name], FURNITURE_COLOURS[room.colour])
     return canvas.rgba[..., :3].round().astype(np.uint8)
 
 
-def eyes(canvas, x, y, side):
-    c = canvas
+def eyes(c, x, y, side):
     for dx in (-0.04, 0.04):
-        c.paint((c.ellipse(x + dx, y, 0.033, 0.040), WHITE))
-        c.paint((c.ellipse(x + dx + 0.014 * side, y + 0.004, 0.016, 0.022), INK))
+        c.paint((c.ellipse(x + dx, y, 0.033, 0.040), WHITE),
+                (c.ellipse(x + dx + 0.014 * side, y + 0.004, 0.016, 0.022), INK))
 
 
-def limbs(canvas, pose, hips, hip_y, shoulder, shoulder_y, reach, thick, colour):
-    """Two legs and two arms: swinging when walking, an arm up when waving, legs apart in the air."""
-    phase = int(pose[4:] or 0) if pose[:4] in ("walk", "wave") else 0
-    swing = 0.06 * np.sin(np.pi * phase / 2) if pose.startswith("walk") else 0.05 if pose == "air" else 0.0
-    tips = {-1: (-shoulder - reach / 2, shoulder_y + reach), 1: (shoulder + reach / 2, shoulder_y + reach)}
-    if pose.startswith("wave"):
-        tips[1] = (shoulder + 0.05 + (0.0, 0.04, 0.08, 0.04)[phase], shoulder_y - 1.2 * reach)
-    if pose == "air":
-        tips = {side: (side * (shoulder + reach), shoulder_y - reach / 2) for side in tips}
-    legs = [(canvas.line(side * hips, hip_y, side * (hips + swing), -thick / 2, thick), colour) for side in (-1, 1)]
-    arms = [(canvas.line(side * shoulder, shoulder_y, *tips[side], thick), colour) for side in (-1, 1)]
+def limbs(c, pose, hip, hip_y, shoulder, shoulder_y, reach, thick):
+    """Two legs and two arms: legs swing when walking, an arm is up when waving, all are spread in the air."""
+    kind, phase = pose.rstrip("0123"), int(pose[-1]) if pose[-1].isdigit() else 0
+    swing = {"walk": 0.06 * np.sin(np.pi * phase / 2), "air": 0.05}.get(kind, 0.0)
+    hands = {side: (side * (shoulder + reach / 2), shoulder_y + reach) for side in (-1, 1)}
+    if kind == "wave":
+        hands[1] = (shoulder + 0.05 + (0.0, 0.04, 0.08, 0.04)[phase], shoulder_y - 1.2 * reach)
+    if kind == "air":
+        hands = {side: (side * (shoulder + reach), shoulder_y - reach / 2) for side in (-1, 1)}
+    legs = [c.line(side * hip, hip_y, side * (hip + swing), -thick / 2, thick) for side in (-1, 1)]
+    arms = [c.line(side * shoulder, shoulder_y, *hands[side], thick) for side in (-1, 1)]
     return [*legs, *arms]
 
 
 def draw_cat(canvas, colour, pose, side):
+    """Tall, pointed ears; the feet are at (0, 0), it looks to `side` (-1 left, 1 right)."""
     c, pale = canvas, mix(colour, WHITE, 0.65)
-    ears = [c.polygon((s * 0.095 - 0.055, -0.42), (s * 0.125, -0.56), (s * 0.095 + 0.055, -0.42))
-            for s in (-1, 1)]
-    tail = [(c.line(-0.06 * side, -0.10, -0.17 * side, -0.16, 0.04), colour),
-            (c.line(-0.17 * side, -0.16, -0.18 * side, -0.30, 0.04), colour)]
-    c.paint(*tail, *limbs(c, pose, 0.05, -0.10, 0.07, -0.26, 0.09, 0.055, colour),
-            *[(ear, colour) for ear in ears], (c.ellipse(0, -0.18, 0.095, 0.13), colour),
-            (c.ellipse(0.015 * side, -0.37, 0.135, 0.105), colour), outline=OUTLINE)
+    ears = [c.polygon((s * 0.095 - 0.055, -0.42), (s * 0.125, -0.56), (s * 0.095 + 0.055, -0.42)) for s in (-1, 1)]
+    tail = [c.line(-0.06 * side, -0.10, -0.17 * side, -0.16, 0.04), c.line(-0.17 * side, -0.16, -0.18 * side, -0.30, 0.04)]
+    body, head = c.ellipse(0, -0.18, 0.095, 0.13), c.ellipse(0.015 * side, -0.37, 0.135, 0.105)
+    shapes = [*tail, *limbs(c, pose, 0.05, -0.10, 0.07, -0.26, 0.09, 0.055), *ears, body, head]
+    c.paint(*[(shape, colour) for shape in shapes], outline=OUTLINE)
     c.paint((c.ellipse(0, -0.16, 0.055, 0.085), pale), (c.ellipse(0.03 * side, -0.325, 0.06, 0.038), pale))
     eyes(c, 0.03 * side, -0.39, side)
     c.paint((c.ellipse(0.035 * side, -0.335, 0.016, 0.012), INK))
 
 
 def draw_mouse(canvas, colour, pose, side):
+    """Small, big round ears."""
     c, pale = canvas, mix(colour, WHITE, 0.65)
     ears = [c.ellipse(s * 0.125, -0.29, 0.088, 0.088) for s in (-1, 1)]
-    tail = (c.line(-0.08 * side, -0.06, -0.21 * side, -0.09, 0.022), colour)
-    c.paint(tail, *limbs(c, pose, 0.05, -0.07, 0.08, -0.12, 0.06, 0.045, colour), *[(ear, colour) for ear in ears],
-            (c.ellipse(0, -0.11, 0.10, 0.09), colour), (c.ellipse(0.01 * side, -0.20, 0.12, 0.105), colour), outline=OUTLINE)
+    tail = c.line(-0.08 * side, -0.06, -0.21 * side, -0.09, 0.022)
+    body, head = c.ellipse(0, -0.11, 0.10, 0.09), c.ellipse(0.01 * side, -0.20, 0.12, 0.105)
+    shapes = [tail, *limbs(c, pose, 0.05, -0.07, 0.08, -0.12, 0.06, 0.045), *ears, body, head]
+    c.paint(*[(shape, colour) for shape in shapes], outline=OUTLINE)
     c.paint(*[(c.ellipse(s * 0.13, -0.295, 0.05, 0.05), PINK) for s in (-1, 1)], (c.ellipse(0, -0.085, 0.06, 0.055), pale))
     eyes(c, 0.03 * side, -0.215, side)
     c.paint((c.ellipse(0.075 * side, -0.15, 0.022, 0.018), INK))
 
 
-@lru_cache(maxsize=4096)
-def sprite(who, colour, pose_index, height):
-    """A character in a pose: colours premultiplied by alpha [h, w, 3], 1 - alpha [h, w, 1], the feet's (row, column)."""
-    pixel = 1 / height
-    rows, columns = int(0.62 * height), int(0.50 * height) // 2 * 2
-    canvas = Canvas(rows, columns, pixel, left=-columns / 2 * pixel, top=-0.60)
+@lru_cache(maxsize=1024)
+def sprite(who, colour, pose, right):
+    """A character in a pose: colours premultiplied by alpha [79, 64, 3] and 1 - alpha; its feet are at FEET_AT."""
+    canvas = Canvas(79, 64, left=-FEET_AT[1] / HEIGHT, top=-FEET_AT[0] / HEIGHT)
     draw = {"cat": draw_cat, "mouse": draw_mouse}[CHARACTERS[who]]
-    draw(canvas, CHARACTER_COLOURS[colour], POSES[pose_index // 2], 1 if pose_index % 2 else -1)
-    return canvas.rgba[..., :3], 1 - canvas.rgba[..., 3:] / 255, (0.60 * height, columns // 2)
+    draw(canvas, CHARACTER_COLOURS[colour], pose, 1 if right else -1)
+    return canvas.rgba[..., :3], 1 - canvas.rgba[..., 3:] / 255
 
 
-def paste(frame, picture, clear, row, column):
-    """frame = picture over frame, with the picture's corner at (row, column), cut at the frame's edges."""
-    rows, columns = frame.shape[:2]
-    top, left = max(row, 0), max(column, 0)
-    bottom, right = min(row + picture.shape[0], rows), min(column + picture.shape[1], columns)
-    if top < bottom and left < right:
-        part = np.s_[top - row:bottom - row, left - column:right - column]
-        frame[top:bottom, left:right] = frame[top:bottom, left:right] * clear[part] + picture[part] + 0.5
+def render_scene(episode, scene, shrink=1):
+    """One scene as it is shot, uint8 [48 segments + 1, 128, 192, 3]: one frame of its first drawing, four of each other."""
+    background = draw_background(scene.room, episode.rooms[scene.room])
+    pictures = repeat(background, "h w c -> t h w c", t=len(scene.drawings)).copy()
+    for picture, drawing in zip(pictures, scene.drawings):
+        for who in sorted(drawing):                                           # Pip is smaller and in front
+            x, y, pose, right = drawing[who]
+            colours, clear = sprite(who, episode.colours[who], pose, right)
+            top, left = round(y * HEIGHT - FEET_AT[0]), round(x * HEIGHT - FEET_AT[1])
+            under = picture[top:top + len(colours), left:left + len(colours[0])]
+            under[:] = under * clear + colours + 0.5
+    if shrink > 1:
+        pictures = reduce(pictures + 0.5, "t (h a) (w b) c -> t h w c", "mean", a=shrink, b=shrink).astype(np.uint8)
+    return repeat(pictures, "t h w c -> (t fours) h w c", fours=FOURS)[FOURS - 1:]
 
 
-def render_scene(episode, scene, height=128, width=192):
-    """One scene as it is shot, uint8 [48 segments + 1, height, width, 3]."""
-    background = draw_background(scene.room, episode.rooms[scene.room], height, width)
-    frames = repeat(background, "h w c -> t h w c", t=len(scene.feet)).copy()
-    for frame, feet, poses in zip(frames, scene.feet, scene.poses.tolist()):
-        for who, (x, y), pose in zip(CHARACTERS, feet, poses):
-            if x == x:                                                        # NaN when away
-                picture, clear, (row, column) = sprite(who, episode.colours[who], pose, height)
-                paste(frame, picture, clear, round(y * height - row), round(x * height - column))
-    return frames
+def render(episode, height=HEIGHT, width=WIDTH):
+    """The joined video, uint8 [48 S + 1, height, width, 3]. Frame 48 i is segment i - 1's last: cuts show at 48 i + 1.
 
-
-def render(episode, height=128, width=192):
-    """The episode's frames, uint8 [48 S + 1, height, width, 3]."""
-    return join_scenes([render_scene(episode, scene, height, width) for scene in episode.scenes])
+    Smaller pictures, of a half or a quarter of the size, are averages over squares of pixels.
+    """
+    if (HEIGHT % height, width * HEIGHT) != (0, height * WIDTH):
+        raise ValueError(f"{height} x {width} is not a whole fraction of {HEIGHT} x {WIDTH}")
+    clips = [render_scene(episode, scene, HEIGHT // height) for scene in episode.scenes]
+    return np.concatenate([clips[0], *[clip[1:] for clip in clips[1:]]])
 
 
 def write_video(path, frames, fps=FPS):
@@ -654,14 +658,14 @@ def write_episode(out, seed, segments):
     bare = [segment.text.removeprefix(START).removesuffix(END) for segment in world.segments]
     scenes, start = [], 0.0
     for scene in world.scenes:
-        end = start + len(scene.feet) / FPS
+        end = start + (SEGMENT * scene.segments + 1) / FPS
         scenes.append({"start": start, "end": end, "segments": bare[scene.first:scene.first + scene.segments]})
         start = end
     text = json.dumps(scenes, indent=1) + "\n"
     if video.exists() and board.exists() and board.read_text() == text:
         return
     with atomic(video) as partial:
-        write_video(partial, (frame for scene in world.scenes for frame in render_scene(world, scene)))
+        write_video(partial, chain.from_iterable(render_scene(world, scene) for scene in world.scenes))
     with atomic(board) as partial:
         partial.write_text(text)
 
@@ -679,13 +683,17 @@ CODEC_FILE = Path(__file__).parent / "assets" / "pocket_codec.safetensors"
 
 
 class Residual(nn.Module):
+    """x + conv(silu(conv(norm(x)))), where the norm makes every pixel's channels a vector of length sqrt(width)."""
+
     def __init__(self, width, inner):
         super().__init__()
+        self.gain = nn.Parameter(torch.ones(width, 1, 1))
         self.to_inner = nn.Conv2d(width, inner, 3, padding=1)
         self.to_width = nn.Conv2d(inner, width, 3, padding=1)
 
     def forward(self, x):
-        return x + self.to_width(F.silu(self.to_inner(F.silu(x))))
+        norm = x.square().mean(1, keepdim=True).add(1e-4).rsqrt()
+        return x + self.to_width(F.silu(self.to_inner(x * norm * self.gain)))
 
 
 def up(width, out):
@@ -706,16 +714,20 @@ def as_frames(groups):
 
 
 class PocketCodec(nn.Module):
-    """DOC"""
+    """Small video autoencoder: 8 x 8 in space, 4 in time with the first frame alone, 16 channels, as CogVideoX's VAE.
+
+    Every group of four frames is coded by itself, as a 12-channel picture; the first frame stands for four of itself.
+    It has seen nothing but the pocket world: other videos come out soft. `scale` is the one constant that brings
+    latents to standard deviation 1, `id` a short hash of the weights. UserError when the weights are missing.
+    """
     height, width, channels, down_space, down_time = 64, 96, 16, 8, 4
 
     def __init__(self, path=CODEC_FILE):
         super().__init__()
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(192, 48, 1), Residual(48, 32), down(48, 96),
-                                     Residual(96, 48), nn.Conv2d(96, self.channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(self.channels, 128, 3, padding=1), Residual(128, 64), up(128, 64),
-                                     Residual(64, 48), up(64, 40), Residual(40, 40), up(40, 12))
-        self.to(memory_format=torch.channels_last)
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(192, 96, 1), Residual(96, 48), down(96, 112),
+                                     Residual(112, 48), nn.Conv2d(112, self.channels, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(self.channels, 112, 3, padding=1), Residual(112, 56), up(112, 64),
+                                     Residual(64, 48), up(64, 32), Residual(32, 32), up(32, 12))
         if path is not None:
             self.load(Path(path))
 
@@ -730,23 +742,85 @@ class PocketCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames, batch=16):
-        """uint8 frames [4 k + 1, 64, 96, 3] -> float32 latents [k + 1, 16, 8, 12], of standard deviation about 1."""
+        """uint8 frames [4 k + 1, 64, 96, 3], numpy or torch -> float32 latents [k + 1, 16, 8, 12]."""
         frames = torch.as_tensor(frames)
         if frames.ndim != 4 or frames.shape[1:] != (self.height, self.width, 3) or len(frames) % self.down_time != 1:
             raise ValueError(f"frames must be [4 k + 1, {self.height}, {self.width}, 3], not {list(frames.shape)}")
         groups = torch.cat([frames[:1].expand(self.down_time, -1, -1, -1), frames[1:]])
         groups = rearrange(groups, "(k t) h w c -> k (t c) h w", t=self.down_time)
-        return torch.cat([self.encoder(as_input(part)) for part in groups.split(batch)]) * self.scale
+        parts = [self.encoder(as_input(part)) for part in groups.split(batch)]
+        return torch.cat(parts).contiguous() * self.scale
 
     @torch.no_grad()
     def decode(self, latents, batch=16):
-        """Latents [T, 16, 8, 12] -> uint8 frames [4 (T - 1) + 1, 64, 96, 3], a numpy array."""
+        """Latents [T, 16, 8, 12] -> uint8 frames [4 (T - 1) + 1, 64, 96, 3] as numpy."""
         parts = [as_frames(self.decoder(part / self.scale)) for part in latents.float().split(batch)]
         return torch.cat(parts)[self.down_time - 1:].numpy()
 
 
 
-# TRAIN_CODEC
+def codec_groups(seed, episodes):
+    """Groups of four frames [n, 4, 64, 96, 3] from 6-segment episodes, read from video files as in section 6."""
+    groups = []
+    with tempfile.TemporaryDirectory() as folder:
+        render_world(folder, episodes, segments=6, seed=seed)
+        for video in sorted(Path(folder).glob("*.mp4")):
+            cuts, last = read_cuts(video.with_suffix(".json"))
+            frames = read_frames(video, PocketCodec.height, PocketCodec.width)
+            groups += [rearrange(segment[1:], "(k t) h w c -> k t h w c", t=PocketCodec.down_time)
+                       for segment in cut_segments(frames, cuts, last, video.name)]
+    return np.concatenate(groups)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of uint8 pictures, in dB."""
+    return -10 * float(np.log10(np.mean((np.float32(a) - np.float32(b)) ** 2) / 255 ** 2))
+
+
+def train_codec(out=CODEC_FILE, steps=9000, batch=8, noise=0.12, lr=0.01):
+    """Makes the codec's weights: reconstruction from latents with noise on them, so that decoding forgives a model's errors.
+
+    Matrices by Muon, which needs a third of AdamW's steps here. About 15 minutes on one core.
+    """
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    groups, held_out = codec_groups(500_000, 128), codec_groups(TEST_SEEDS, 16)
+    codec = PocketCodec(None)
+    kernels = [weight for weight in codec.parameters() if weight.ndim == 4]
+    matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]              # the same numbers, as matrices
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.02)
+    adam = torch.optim.AdamW([weight for weight in codec.parameters() if weight.ndim != 4], lr=0.3 * lr)
+    for step in tqdm(range(steps), desc="codec", unit="step"):
+        decay = min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr * decay, 0.3 * lr * decay
+        x = torch.from_numpy(groups[rng.integers(len(groups), size=batch)])
+        x = as_input(rearrange(x, "b t h w c -> b (t c) h w"))
+        with torch.autocast("cpu", torch.bfloat16):
+            z = codec.encoder(x).float()
+            y = codec.decoder(z + noise * torch.randn_like(z)).float()
+        loss = 10 * F.mse_loss(y, x) + F.l1_loss(y, x) + 0.1 * (z.square().mean() - 1) ** 2
+        codec.zero_grad()
+        loss.backward()
+        for kernel, matrix in zip(kernels, matrices):
+            matrix.grad = kernel.grad.flatten(1)
+        muon.step()
+        adam.step()
+    save_codec(codec, held_out, out)
+
+
+def save_codec(codec, held_out, out):
+    """Writes float16 weights and the one constant that brings latents to standard deviation 1; prints what they reach."""
+    with torch.no_grad():
+        z = codec.encoder(as_input(rearrange(torch.from_numpy(held_out), "b t h w c -> b (t c) h w")))
+    with atomic(out) as partial:
+        weights = {name: weight.half().contiguous() for name, weight in codec.state_dict().items()}
+        save_file(weights, partial, {"scale": f"{1 / z.std().item():.4f}"})
+    codec = PocketCodec(out)
+    frames = rearrange(held_out, "k t h w c -> (k t) h w c")[codec.down_time - 1:]
+    latents = codec.encode(frames)
+    noisy = latents + 0.1 * torch.randn_like(latents)
+    print(f"held-out PSNR {psnr(codec.decode(latents), frames):.1f} dB, with 10 % noise on the latents "
+          f"{psnr(codec.decode(noisy), frames):.1f} dB, {out.stat().st_size / 1e6:.2f} MB, codec {codec.id}")
 
 
 # 5. The text encoder ----------------------------------------------------------------------------------------
@@ -777,7 +851,7 @@ class PocketText:
         return re.findall(rf"{START}|{END}|[^\W_]+(?:['’][^\W_]+)*", text.lower())
 
     def encode(self, texts, where="storyboard"):
-        """Paragraphs, one a segment -> float32 [S, N, dim], zeros after the last word; longer ones are cut with a warning."""
+        """Paragraphs, one a segment -> float32 [S, N, dim], zeros after the last word; a longer one is cut, and named."""
         out = np.zeros((len(texts), self.length, self.dim), np.float32)
         for number, text in enumerate(texts, 1):
             words = self.words(text)
@@ -803,8 +877,8 @@ class Cut:
     paragraphs: tuple
 
 
-def read_cuts(board, notes):
-    """Reads NAME.json: (cuts, the frame at which the last scene ends). Dropped scenes are added to `notes`."""
+def read_cuts(board):
+    """Reads NAME.json: (cuts, the frame at which the last scene ends). Scenes too short for a segment are named."""
     scenes, cuts, before = read_json(read_text(board), board.name), [], 0.0
     if not isinstance(scenes, list) or not scenes:
         raise UserError(f"{board.name}: must be a list of scenes, each with start, end and segments")
@@ -817,9 +891,10 @@ def read_cuts(board, notes):
         begin, frames = round(start * FPS), round(end * FPS) - round(start * FPS)
         count = frames // SEGMENT
         if count == 0:
-            notes.append(f"{where}: dropped, {end - start:g} s is shorter than a segment of {SECONDS} s")
+            tqdm.write(f"{where}: dropped, {end - start:g} s is shorter than a segment of {SECONDS} s")
         elif count != len(paragraphs):
-            raise UserError(f"{where}: {end - start:g} s hold {count} segments of {SECONDS} s, but it has {len(paragraphs)} paragraphs")
+            raise UserError(f"{where}: {end - start:g} s make {count} segments of {SECONDS} s, but there are "
+                            f"{len(paragraphs)} paragraphs, one a segment is needed")
         else:
             cuts.append(Cut(begin + (frames - SEGMENT * count) // 2, tuple(paragraphs)))   # equal trim at both ends
     if not cuts:
@@ -850,7 +925,8 @@ def check_scene(scene, where):
 def read_frames(video, height, width):
     """Yields uint8 [height, width, 3] at 16 fps: scaled to cover the size, then cropped around the centre."""
     import imageio_ffmpeg
-    filters = (f"fps={FPS},scale={width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}")
+    exact = "area+accurate_rnd+full_chroma_int+full_chroma_inp"       # ffmpeg's default halves the colours' resolution
+    filters = f"fps={FPS},scale={width}:{height}:force_original_aspect_ratio=increase:flags={exact},crop={width}:{height}"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(video), "-map", "0:v:0",
                "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     size, count = height * width * 3, 0
@@ -889,8 +965,8 @@ def cut_segments(frames, cuts, last, name):
             block.append(frame)
         if position >= last:
             return
-    found = (position - SLACK) / FPS
-    raise UserError(f"{name}: the video ends or stops decoding after {found:.1f} s, but its scenes last until {last / FPS:.1f} s")
+    raise UserError(f"{name}: the video ends or stops decoding after {(position - SLACK) / FPS:.1f} s, "
+                    f"but its scenes last until {last / FPS:.1f} s")
 
 
 @dataclass(frozen=True)
@@ -908,14 +984,14 @@ class Job:
 
 
 def plan_job(video, out, codec, text_encoder):
-    """Checks the storyboard of a video before anything is decoded: (job, notes about dropped scenes)."""
-    board, notes = video.with_suffix(".json"), []
+    """Checks the storyboard of a video before anything is decoded, and names the scenes that are dropped."""
+    board = video.with_suffix(".json")
     if not board.exists():
         raise UserError(f"{video.name}: has no storyboard, {board.name} must be beside it")
-    cuts, last = read_cuts(board, notes)
+    cuts, last = read_cuts(board)
     stat, words = video.stat(), hashlib.sha256(board.read_bytes()).hexdigest()[:12]
     source = f"{video.name} {stat.st_size} {stat.st_mtime_ns} {words} {codec.id} {text_encoder.id}"
-    return Job(video, out / f"{video.stem}.safetensors", tuple(cuts), last, source), notes
+    return Job(video, out / f"{video.stem}.safetensors", tuple(cuts), last, source)
 
 
 def read_metadata(path):
@@ -957,13 +1033,11 @@ def ingest(videos, out, codec, text_encoder):
     jobs, problems = [], []
     for path in paths:
         try:
-            job, notes = plan_job(path, out, codec, text_encoder)
-            jobs.append(job)
+            if path.stem in [job.video.stem for job in jobs]:
+                raise UserError(f"{path.name}: another video here has the same name before the dot")
+            jobs.append(plan_job(path, out, codec, text_encoder))
         except UserError as error:
             problems.append(str(error))
-            continue
-        for note in notes:
-            tqdm.write(note)
 
     def work(job):
         try:
@@ -971,7 +1045,8 @@ def ingest(videos, out, codec, text_encoder):
         except UserError as error:
             problems.append(str(error))
 
-    in_parallel(work, jobs, "ingest", "video")
+    if jobs:
+        in_parallel(work, jobs, "ingest", "video")
     write_index(out, codec, text_encoder)
     if problems:
         raise UserError(f"{len(problems)} of {len(paths)} videos were left out: " + "; ".join(problems))
@@ -1006,6 +1081,8 @@ class Runs:
         if not (self.folder / "index.json").exists():
             raise UserError(f"{folder}: no dataset here, make one with python dataset.py --ingest VIDEOS --out {folder}")
         self.index = read_json(read_text(self.folder / "index.json"), f"{folder}/index.json")
+        if not isinstance(self.index, dict) or self.index.get("format") != FORMAT:
+            raise UserError(f"{folder}/index.json: not of the format {FORMAT}; ingest the videos again")
         if codec_id is not None and self.index["codec"] != codec_id:
             raise UserError(f"{folder}: made by codec {self.index['codec']}, not {codec_id}; ingest the videos again")
         videos = self.index["videos"]

@@ -7,13 +7,13 @@
 Writes the video as mp4 and GIF, and a contact sheet as PNG: a row a scene, each frame with its time.
 """
 
+import json
 import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 import dataset
@@ -100,7 +100,8 @@ def contact_sheet(frames, board, columns=6):
         while pen.textlength(words) > sheet.width - 2 * margin:
             words = words[:-5].rstrip(" .") + " ..."
         pen.text((margin, y * row + margin), words, fill="black")
-        for x, frame in enumerate(np.linspace(SEGMENT * own[0], SEGMENT * (own[-1] + 1) - 1, columns).round().astype(int)):
+        first = SEGMENT * own[0] + 1                          # frame 48 i is still the segment before's
+        for x, frame in enumerate(np.linspace(first, SEGMENT * (own[-1] + 1), columns).round().astype(int)):
             corner = margin + x * (width + margin), y * row + caption + margin
             sheet.paste(Image.fromarray(enlarge(frames[frame:frame + 1], factor)[0]), corner)
             pen.text((corner[0], corner[1] + height), f"{frame / FPS:.1f} s", fill="gray")
@@ -118,6 +119,24 @@ def save_video(frames, board, path):
         imageio.mimwrite(temporary, enlarge(frames[::2], max(1, factor // 2)), duration=2000 / FPS, loop=0)
     with atomic(path.with_suffix(".png")) as temporary:
         contact_sheet(frames, board).save(temporary)
+
+
+def plot_loss(folder):
+    """loss.png from a stage's log.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    loss = np.array([json.loads(line)["loss"] for line in (folder / "log.jsonl").open()])
+    window = max(1, len(loss) // 20)
+    mean = np.convolve(loss, np.ones(window) / window, mode="valid")
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(loss, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(np.arange(window - 1, len(loss)), mean, color="tab:blue", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="loss (mean squared error of v)", title=f"{folder.parent.name}, stage {folder.name}", ylim=(0, None))
+    axes.legend()
+    with atomic(folder / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def held_out(segments, seed=0):

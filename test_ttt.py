@@ -22,7 +22,7 @@ import sample
 import ttt_minute
 from dataset import UserError
 from ttt_minute import (STAGES, TTT, Config, DiT, FullAttention, Layout, LocalAttention, Stage, alphas_cumprod, decays, diffusion_loss,
-                        gelu_derivatives, is_new, load_checkpoint, lr_at, make_optimizer, rope_table, rotate, scan_order, scan_rope,
+                        gelu_derivatives, is_new, load_checkpoint, lr_at, make_optimizers, rope_table, rotate, scan_order, scan_rope,
                         step_autograd, trains, ttt_scan)
 
 TINY = Config(channels=4, height=4, width=6, text_len=3, text_dim=8, depth=2, heads=2, head_width=16, time_dim=16, mini_batch=8, eta_mlp=3.0)
@@ -468,18 +468,24 @@ def test_weight_decay_is_for_matrices_only():
 
 
 def test_learning_rates_warm_up_and_the_new_ones_fall_along_a_cosine():
-    config, stage = Config(), dataclasses.replace(STAGES["3s"], steps=1000)
-    assert lr_at(0, stage, True, config) == 1e-4 / 20 and lr_at(19, stage, True, config) == 1e-4
-    assert abs(lr_at(999, stage, True, config) - 1e-5) < 1e-8
-    assert lr_at(510, stage, True, config) == pytest.approx((1e-4 + 1e-5) / 2, rel=1e-6)
-    assert {lr_at(step, stage, False, config) for step in (20, 500, 999)} == {1e-5}
+    groups = make_optimizers(DiT(TINY), STAGES["3s"], TINY)[0].param_groups
+    new, rest = ([group for group in groups if group["new"] == which] for which in (True, False))
+    assert {(group["peak"], group["schedule"]) for group in new} == {(1e-4, "cosine")}
+    assert {(group["peak"], group["schedule"]) for group in rest} == {(1e-5, "constant")}
+
+    def lr(step, schedule, peak=1e-4):
+        return lr_at(step, 1000, peak, schedule, TINY)
+
+    assert lr(0, "cosine") == 1e-4 / 20 and lr(19, "cosine") == 1e-4
+    assert abs(lr(999, "cosine") - 1e-5) < 1e-8 and lr(510, "cosine") == pytest.approx((1e-4 + 1e-5) / 2, rel=1e-6)
+    assert {lr(step, "constant") for step in (20, 500, 999)} == {1e-4}
 
 
 def test_a_tiny_model_learns_eight_clips_by_heart():
     torch.manual_seed(0)
     model = DiT(TINY)
     latents, text = random_latents(TINY, 1, batch=8)
-    optimizer = make_optimizer(model, Stage(1, 1, 1, 0, 0, everything=True), TINY)
+    optimizer, = make_optimizers(model, Stage(1, 1, 1, 0, 0, everything=True), TINY)
     noise, t = torch.randn_like(latents), torch.full((8,), 700)
     losses = []
     for _ in range(60):
@@ -491,3 +497,348 @@ def test_a_tiny_model_learns_eight_clips_by_heart():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command line: train, interrupt, resume, sample; and what goes wrong
+# ----------------------------------------------------------------------------------------------------
+
+SMALL = "--depth 1 --heads 1 --head_width 16 --time_dim 16 --steps 4 --batch_size 2 --device cpu".split()
+
+
+def run(module, *flags):
+    """Run a command as a user would; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        try:
+            dataset.run_main(module.main)
+        except SystemExit as stop:
+            return stop.code or 0
+    return 0
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """One short episode of the pocket world, from video files to latents on disk."""
+    folder = tmp_path_factory.mktemp("world")
+    assert run(dataset, "--render", 2, "--segments", 6, "--out", folder / "videos") == 0
+    assert run(dataset, "--ingest", folder / "videos", "--out", folder / "latents") == 0
+    return folder / "latents"
+
+
+@pytest.fixture(scope="session")
+def trained(world, tmp_path_factory):
+    """pretrain, 3s and 9s of a network with one block."""
+    folder = tmp_path_factory.mktemp("out")
+    assert run(ttt_minute, "--stage", "9s", "--data", world, "--out_dir", folder, *SMALL) == 0
+    return folder
+
+
+def test_one_command_trains_what_the_stage_needs_and_ends_with_a_video(trained):
+    import imageio.v3 as imageio
+    for stage in "pocket-local/pretrain", "pocket-ttt_mlp/3s", "pocket-ttt_mlp/9s":
+        names = {path.name for path in (trained / stage).iterdir()}
+        assert {"model.safetensors", "state", "log.jsonl", "loss.png", "sample.mp4", "sample.gif", "sample.png"} <= names
+    frames = imageio.imread(trained / "pocket-ttt_mlp/9s/sample.mp4", plugin="FFMPEG")
+    assert frames.shape == (3 * 48 + 1, 256, 384, 3)
+    lines = [json.loads(line) for line in (trained / "pocket-ttt_mlp/9s/log.jsonl").open()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert {"stage", "step", "loss", "lr", "lr_new", "grad_norm", "ms", "tokens_per_second", "memory_gb"} <= set(lines[0])
+
+
+def test_a_later_stage_changes_only_what_it_trains(trained):
+    before, after = (load_file(trained / f"pocket-ttt_mlp/{stage}/model.safetensors") for stage in ("3s", "9s"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(trains(name, STAGES["9s"]) for name in changed)
+    assert any("global_layer.layer.W1" in name for name in changed) and any("attention" in name for name in changed)
+
+
+def test_a_trained_stage_says_so_and_a_checkpoint_loads(trained, world, capsys):
+    assert run(ttt_minute, "--stage", "9s", "--data", world, "--out_dir", trained, *SMALL) == 0
+    assert "already trained" in capsys.readouterr().out
+    model = load_checkpoint(trained / "pocket-ttt_mlp/9s/model.safetensors")
+    assert model.config.layer == "ttt_mlp" and model.config.depth == 1
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_an_interrupted_run_resumes_bit_for_bit(trained, world, tmp_path, monkeypatch, capsys, stop_after):
+    """Ctrl-C in the middle of a stage, then --resume: the same weights and the same log as without."""
+    (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
+    draw, calls = ttt_minute.draw, []
+
+    def interrupting_draw(*args):
+        calls.append(args[-1])
+        if len(calls) == stop_after:
+            ttt_minute.signal.raise_signal(ttt_minute.signal.SIGINT)
+        return draw(*args)
+
+    flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL]
+    monkeypatch.setattr(ttt_minute, "draw", interrupting_draw)
+    assert run(ttt_minute, *flags) == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(ttt_minute, "draw", draw)
+    assert run(ttt_minute, *flags) == 2 and "--resume" in capsys.readouterr().err
+    assert run(ttt_minute, *flags, "--resume") == 0
+    one, two = (load_file(folder / "pocket-ttt_mlp/3s/model.safetensors") for folder in (trained, tmp_path))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    losses = [[json.loads(line)["loss"] for line in (folder / "pocket-ttt_mlp/3s/log.jsonl").open()] for folder in (trained, tmp_path)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_state(trained, world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
+    loss = ttt_minute.diffusion_loss
+    monkeypatch.setattr(ttt_minute, "diffusion_loss", lambda model, latents, text, t, noise: loss(model, latents, text, t, noise) * (math.nan if t.tolist() == bad else 1))
+    bad = ttt_minute.draw(dataset.Runs(world, 1), dataclasses.replace(STAGES["3s"], batch=2), Config(), "3s", 2)[2].tolist()
+    status = run(ttt_minute, "--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL, "--checkpoint_every", 1)
+    assert "nan at step 2 of stage 3s" in status and "000002" in status
+    assert (tmp_path / "pocket-ttt_mlp/3s/state/000002").exists() and not (tmp_path / "pocket-ttt_mlp/3s/model.safetensors").exists()
+
+
+def test_a_storyboard_becomes_a_video_of_its_own_length(trained, tmp_path):
+    import imageio.v3 as imageio
+    story = tmp_path / "story.txt"
+    story.write_text(dataset.storyboard_text(dataset.episode(dataset.TEST_SEEDS, 2)))
+    assert run(sample, "--stage", "9s", "--storyboard", story, "--out", tmp_path / "video.mp4", "--out_dir", trained, "--steps", 2, "--device", "cpu") == 0
+    assert len(imageio.imread(tmp_path / "video.mp4", plugin="FFMPEG")) == 97
+    assert (tmp_path / "video.gif").exists() and (tmp_path / "video.png").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--layr", "local"], "--layer"), (["--layer", "ttt_mpl"], "ttt_mlp"), (["--stage", "10s"], "9s"), (["--depth", "two"], "invalid int"),
+    (["--steps", "0"], "--steps 0"), (["--head_width", "20"], "multiple of 16"), (["--device", "cuda:99"], "--device cuda"),
+    (["--data", "nowhere"], "nowhere"), (["--preset", "5b"], "CogVideoX"), (["--preset", "5b", "--stage", "pretrain"], "stages 3s")])
+def test_a_users_mistake_is_one_sentence_and_exit_status_2(flags, message, tmp_path, capsys):
+    if "cuda" in " ".join(flags) and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert run(ttt_minute, "--out_dir", tmp_path, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(trained, world, tmp_path, capsys):
+    for name in "pocket-local", "pocket-ttt_mlp":
+        (tmp_path / name).symlink_to(trained / name)
+    (tmp_path / "pocket-ttt_linear").symlink_to(trained / "pocket-ttt_mlp")
+    flags = ["--data", world, "--out_dir", tmp_path, *SMALL]
+    assert run(ttt_minute, "--stage", "18s", *flags, "--depth", 2) == 2
+    assert "depth 1, this run has 2" in capsys.readouterr().err
+    assert run(ttt_minute, "--stage", "18s", "--layer", "ttt_linear", *flags) == 2
+    assert 'layer "ttt_mlp"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "missing"])
+def test_a_damaged_checkpoint_is_named(trained, tmp_path, capsys, damage):
+    from safetensors.torch import save_file
+    path = tmp_path / "pocket-ttt_mlp/9s/model.safetensors"
+    if damage != "missing":
+        path.parent.mkdir(parents=True)
+        path.write_bytes((trained / path.relative_to(tmp_path)).read_bytes()[:5000])
+    if damage == "foreign":
+        save_file({"x": torch.zeros(1)}, path)
+    assert run(sample, "--stage", "9s", "--out_dir", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and {"cut": "corrupt", "foreign": "not written by", "missing": "python ttt_minute.py"}[damage] in error
+
+
+# ----------------------------------------------------------------------------------------------------
+# Storyboards, the pocket world, its codec, ingestion, the loader
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_a_storyboard_has_a_segment_a_paragraph_and_keeps_its_scene_marks(tmp_path):
+    (tmp_path / "story.txt").write_text("<start_scene>One.\n\nTwo.<end_scene>\n\n<start_scene>Three.<end_scene>\n")
+    board, = dataset.parse_storyboard(tmp_path / "story.txt")
+    assert [(s.text, s.negative, s.scene) for s in board] == [
+        ("<start_scene>One.", None, 0), ("Two.<end_scene>", None, 0), ("<start_scene>Three.<end_scene>", None, 1)]
+
+
+def test_the_published_json_and_jsonl_read_the_same(tmp_path):
+    video = [dict(text="One.", requires_scene_transition=False, neg_text="blur"), dict(text="Two.", requires_scene_transition=True, neg_text="")]
+    (tmp_path / "story.json").write_text(json.dumps([video, video]))
+    (tmp_path / "story.jsonl").write_text(json.dumps(video) + "\n" + json.dumps(video) + "\n")
+    boards = dataset.parse_storyboard(tmp_path / "story.json")
+    assert boards == dataset.parse_storyboard(tmp_path / "story.jsonl") and len(boards) == 2
+    assert [(s.text, s.negative, s.scene) for s in boards[0]] == [
+        ("<start_scene>One.<end_scene>", "blur", 0), ("<start_scene>Two.<end_scene>", None, 1)]
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.txt", "<start_scene>One.\n\nTwo.", "paragraph 1.*<end_scene>"), ("a.txt", "<start_sceen>One.<end_scene>", "paragraph 1.*did you mean <start_scene>"),
+    ("a.txt", "<start_scene>One.<end_scene>\n\n<start_scene>Two. Send_scene", "paragraph 2.*did you mean <end_scene>"),
+    ("a.txt", "<start_scene>One.\n\n<start_scene>Two.<end_scene>", "paragraph 2.*inside the scene of paragraph 1"), ("a.txt", "One.<end_scene>", "paragraph 1"),
+    ("a.txt", "One.\n\nTwo.", "no scene marks"), ("a.txt", "  \n", "empty"), ("a.json", "[[{", "not JSON"), ("a.json", '[[{"txt": "One."}]]', "segment 1.*text"),
+    ("a.jsonl", '[{"text": " "}]', "line 1, segment 1.*empty"), ("a.doc", "One.", "storyboard is"), ("a.json", '[[{"text": 1}]]', "must be text")])
+def test_a_faulty_storyboard_is_explained(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        dataset.parse_storyboard(tmp_path / name)
+
+
+def test_an_episode_is_the_same_on_every_machine_and_hides_its_colours():
+    one, two = (dataset.episode(7, 21) for _ in range(2))
+    assert one.segments == two.segments and one.rooms == two.rooms and len(one.segments) == 21
+    assert np.array_equal(dataset.render(one, 64, 96)[:99], dataset.render(two, 64, 96)[:99])
+    words = " ".join(dataset.PocketText().words(" ".join(segment.text for seed in range(20) for segment in dataset.episode(seed, 21).segments))).split()
+    hidden = {*dataset.CHARACTER_COLOURS, *dataset.WALL_COLOURS, *dataset.FURNITURE_COLOURS, *dataset.FURNITURE}
+    assert not hidden & set(words)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3, 21])
+def test_an_episode_has_the_length_asked_for_and_its_rooms_return(segments):
+    for seed in range(20):
+        episode = dataset.episode(seed, segments)
+        rooms = [scene.room for scene in episode.scenes]
+        assert sum(scene.segments for scene in episode.scenes) == segments == len(episode.segments)
+        assert segments < 3 or len(rooms) > len(set(rooms))
+        assert all(10 <= len(dataset.PocketText().words(segment.text)) <= 40 for segment in episode.segments)
+    assert dataset.render(dataset.episode(0, 1), 64, 96).shape == (49, 64, 96, 3)
+
+
+def test_the_codec_is_sharp_on_episodes_it_has_not_seen():
+    codec, errors = dataset.PocketCodec(), []
+    for seed in range(dataset.TEST_SEEDS, dataset.TEST_SEEDS + 3):
+        frames = dataset.render(dataset.episode(seed, 2), codec.height, codec.width)
+        latents = codec.encode(frames)
+        assert latents.shape == (25, codec.channels, 8, 12) and 0.7 < latents.std() < 1.3
+        errors.append(np.square(codec.decode(latents).astype(float) - frames).mean())
+    assert 10 * math.log10(255 ** 2 / np.mean(errors)) >= 32
+
+
+def test_a_latent_depends_on_its_own_frames_so_segments_can_be_cut_anywhere():
+    codec = dataset.PocketCodec()
+    frames = dataset.render(dataset.episode(3, 2), codec.height, codec.width)
+    whole, second = codec.encode(frames), codec.encode(frames[48:])
+    assert torch.allclose(whole[13:], second[1:], atol=1e-4)
+
+
+def test_any_word_has_a_fixed_vector_and_long_paragraphs_are_cut_with_a_warning(capsys):
+    encoder = dataset.PocketText(length=6, dim=8)
+    one, two = encoder.encode(["A cat sleeps.", "a CAT sleeps"])
+    assert torch.equal(one, two) and (one[3:] == 0).all() and one[:3].abs().sum() > 0
+    encoder.encode(["short", "one two three four five six seven"], where="story.txt")
+    assert "story.txt, segment 2" in capsys.readouterr().err
+
+
+def write_footage(folder, name="film", seconds=8.0, fps=10, scenes=None, size=(96, 160)):
+    """A small video whose brightness tells the time: 255 at the end."""
+    import imageio
+    folder.mkdir(exist_ok=True)
+    count = round(seconds * fps)
+    with imageio.get_writer(folder / f"{name}.mp4", fps=fps, macro_block_size=2) as writer:
+        for n in range(count):
+            writer.append_data(np.full((*size, 3), round(255 * n / count), np.uint8))
+    if scenes is not None:
+        (folder / f"{name}.json").write_text(json.dumps(scenes))
+
+
+class Plain:
+    """A codec that keeps each latent's mean brightness, so that a test can read the time off a latent."""
+
+    height, width, channels, down_space, down_time, scale, id = 64, 96, 16, 8, 4, 1.0, "plain"
+
+    def encode(self, frames):
+        groups = [frames[:1]] + [frames[n:n + 4] for n in range(1, len(frames), 4)]
+        return torch.stack([torch.full((16, 8, 12), float(group.mean())) for group in groups])
+
+
+def test_real_footage_is_resampled_cropped_trimmed_evenly_and_cut_into_segments(tmp_path):
+    """A scene from 0.5 s to 7.5 s is 7 s: two segments, half a second trimmed at both ends, so it starts at 1.0 s."""
+    write_footage(tmp_path / "videos", scenes=[dict(start=0.5, end=7.5, segments=["One.", "Two."])])
+    dataset.ingest(tmp_path / "videos", tmp_path / "latents", Plain(), dataset.PocketText())
+    latents, text = dataset.Runs(tmp_path / "latents", 2).batch([0])
+    assert latents.shape == (1, 25, 16, 8, 12) and text.shape == (1, 2, 40, 64)
+    seconds = latents[0, :, 0, 0, 0] / 255 * 8
+    assert abs(seconds[0] - 1.0) < 0.2 and abs(seconds[-1] - 7.0) < 0.3 and (seconds.diff() > 0).all()
+    expected = dataset.PocketText().encode(["<start_scene>One.", "Two.<end_scene>"])
+    assert torch.allclose(text[0], expected, atol=2e-3)
+
+
+def test_runs_of_segments_overlap_and_share_the_border_latent(world):
+    short, long = dataset.Runs(world, 1), dataset.Runs(world, 3)
+    assert len(short) == 12 and len(long) == 8
+    latents, text = long.batch([0])
+    pieces = [short.batch([i]) for i in range(3)]
+    assert torch.equal(latents[:, :13], pieces[0][0]) and torch.equal(latents[:, 13:25], pieces[1][0][:, 1:])
+    assert torch.equal(text[:, 2], pieces[2][1][:, 0])
+
+
+@pytest.mark.parametrize("scenes, message", [
+    (None, "film.json"), ("text", "list of scenes"), ([dict(start=0, end=2, segments=["One."])], "film"), ([dict(start=3, end=1, segments=["One."])], "scene 1"),
+    ([dict(start=0, end=6.5, segments=["One."])], "2.*1|1.*2"), ([dict(start=0, end=90, segments=["One."] * 30)], "90.0 s"), ([dict(start=0, end=3, segments=[" "])], "empty"),
+    ([dict(start=0, end=4, segments=["One."]), dict(start=3, end=7, segments=["Two."])], "scene 2")])
+def test_a_video_that_cannot_be_used_is_named_and_the_others_are_kept(scenes, message, tmp_path):
+    write_footage(tmp_path / "videos", scenes=scenes)
+    write_footage(tmp_path / "videos", "good", seconds=4, scenes=[dict(start=0, end=3, segments=["One."])])
+    with pytest.raises(UserError, match=message):
+        dataset.ingest(tmp_path / "videos", tmp_path / "latents", Plain(), dataset.PocketText())
+    assert len(dataset.Runs(tmp_path / "latents", 1)) == 1
+
+
+def test_a_video_that_does_not_decode_is_named(tmp_path):
+    write_footage(tmp_path / "videos", scenes=[dict(start=0, end=3, segments=["One."])])
+    film = tmp_path / "videos" / "film.mp4"
+    film.write_bytes(b"not a video" * 100)
+    with pytest.raises(UserError, match="film.mp4"):
+        dataset.ingest(tmp_path / "videos", tmp_path / "latents", Plain(), dataset.PocketText())
+
+
+def test_the_loader_says_what_is_wrong_with_a_folder(world, tmp_path):
+    with pytest.raises(UserError, match="no dataset here"):
+        dataset.Runs(tmp_path, 1)
+    with pytest.raises(UserError, match="7 segments, the longest has 6"):
+        dataset.Runs(world, 7)
+    with pytest.raises(UserError, match="codec"):
+        dataset.Runs(world, 1, codec_id="another")
+    for path in world.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(UserError, match="episode-0000000.safetensors"):
+        dataset.Runs(tmp_path, 1)
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError):
+        with dataset.atomic(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+# ----------------------------------------------------------------------------------------------------
+# python test_ttt.py --bench
+# ----------------------------------------------------------------------------------------------------
+
+
+def median_seconds(call, repeats=5):
+    call()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[repeats // 2]
+
+
+def bench():
+    print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, fp32; medians of 5\n")
+    print(f"{'scan: B 1, H 4, F 64, b 64, 6,400 tokens, forward + backward':<66} {'seconds':>8}")
+    for kind in "mlp", "linear":
+        weights, inputs = scan_inputs(kind, B=1, H=4, L=6400, width=64, dtype=torch.float32, std=0.02, eta=0.01)
+        for backend in "autograd", "torch":
+            print(f"  TTT-{kind}, backend {backend:<48} {median_seconds(lambda: scan_gradients(kind, weights, inputs, backend, 64, 4)):>8.2f}")
+    print(f"\n{'training step of the pocket preset: 8 clips of 3 seconds':<66} {'seconds':>8}")
+    for layer in "local", "full", "ttt_linear", "ttt_mlp":
+        model = DiT(Config(layer=layer))
+        latents, text = random_latents(model.config, 1, batch=8)
+        t, noise = torch.randint(1000, (8,)), torch.randn_like(latents)
+        print(f"  {layer:<64} {median_seconds(lambda: diffusion_loss(model, latents, text, t, noise).backward()):>8.2f}")
+
+
+if __name__ == "__main__":
+    parser = dataset.Parser("test_ttt.py", description="The tests run under pytest: python -m pytest -q test_ttt.py")
+    parser.add_argument("--bench", action="store_true", required=True, help="time the scan and a training step")
+    parser.parse_args()
+    bench()

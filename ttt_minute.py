@@ -44,6 +44,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # CPU threads that wait sleep: on a busy laptop up to 30 times faster
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -132,6 +134,7 @@ class Stage:
     schedule_new: str = "constant"  # "cosine" falls to LR_END
     schedule_rest: str = "constant"
     everything: bool = False        # train all parameters; else only TTT, gates and local attention (QKVO and its norms)
+    lr_muon: float = 0.0            # > 0: matrices of the blocks learn by Muon instead of AdamW, at this rate
 
 
 STAGES = {
@@ -144,14 +147,15 @@ STAGES = {
 LR_END = 1e-5                       # where the cosine schedule ends
 
 # A small network learns with larger steps, and a laptop affords fewer of them. "pretrain" stands in for
-# CogVideoX-5B: 3-second clips, layer "local", trained once and shared by all layers.
+# CogVideoX-5B: 3-second clips, layer "local", trained once and shared by all layers. It is not part of the paper's
+# recipe, so it may use Muon, which needs about half of AdamW's steps here.
 POCKET_STAGES = {
-    "pretrain": Stage(1, 1000, 8, 2e-3, 2e-3, "cosine", "cosine", everything=True),
+    "pretrain": Stage(1, 900, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
     "3s": Stage(1, 120, 8, 2e-3, 2e-4, "cosine", everything=True),
-    "9s": Stage(3, 240, 4, 5e-4, 5e-4),
-    "18s": Stage(6, 60, 2, 5e-4, 5e-4),
-    "30s": Stage(10, 40, 2, 5e-4, 5e-4),
-    "63s": Stage(21, 40, 1, 5e-4, 5e-4),
+    "9s": Stage(3, 300, 4, 5e-4, 5e-4),
+    "18s": Stage(6, 120, 2, 5e-4, 5e-4),
+    "30s": Stage(10, 60, 2, 5e-4, 5e-4),
+    "63s": Stage(21, 60, 1, 5e-4, 5e-4),
 }
 STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | STAGES
 
@@ -618,7 +622,9 @@ class TTT(nn.Module):
         q, k = (rotate(F.normalize(y.float(), dim=-1, eps=1e-12), rope) for y in (q, k))
         # f learns the residual v - k; its target is normalised like its output, by the same gamma and beta.
         residual = v.float() - k
-        residual = (residual - residual.mean(-1, keepdim=True)) / (residual.std(-1, keepdim=True) + 1e-8)
+        residual = residual - residual.mean(-1, keepdim=True)
+        std = residual.norm(dim=-1, keepdim=True) / math.sqrt(config.head_width - 1)
+        residual = residual / (std + 1e-8)
         v = k + self.ln_gamma[:, None] * residual + self.ln_beta[:, None]
         # The step size of each token: eta_base / b in eq 13, learned by a gate, and 1/F as published in code.
         eta = self.eta_base * torch.sigmoid(self.eta(x).float()) / (config.head_width * config.mini_batch)
@@ -840,27 +846,33 @@ def decays(name, parameter):
     return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] in ("weight", "W1", "W2")
 
 
-def make_optimizer(model, stage, config):
-    """AdamW over what the stage trains, in up to four groups: new or not, decayed or not."""
-    groups = {}
+def make_optimizers(model, stage, config):
+    """AdamW over what the stage trains, in up to four groups: new or not, decayed or not. In pretrain Muon takes the matrices."""
+    groups, matrices = {}, []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, stage))
-        if parameter.requires_grad:
+        if stage.lr_muon and name.startswith("blocks.") and parameter.ndim == 2:
+            matrices.append(parameter)
+        elif parameter.requires_grad:
             key = is_new(name), decays(name, parameter)
             groups.setdefault(key, []).append(parameter)
-    groups = [dict(params=params, new=new, weight_decay=config.weight_decay * decay) for (new, decay), params in groups.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+    groups = [dict(params=params, peak=stage.lr_new if new else stage.lr_rest, schedule=stage.schedule_new if new else stage.schedule_rest,
+                   new=new, weight_decay=config.weight_decay * decay) for (new, decay), params in groups.items()]
+    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))]
+    if matrices:
+        group = dict(params=matrices, peak=stage.lr_muon, schedule=stage.schedule_rest, new=False)
+        optimizers.append(torch.optim.Muon([group], lr=0.0, weight_decay=config.weight_decay))
+    return optimizers
 
 
-def lr_at(step, stage, new, config):
+def lr_at(step, steps, peak, schedule, config):
     """Learning rate of a step 0 .. steps-1: linear warmup, then constant or a cosine that ends at LR_END."""
-    peak, schedule = (stage.lr_new, stage.schedule_new) if new else (stage.lr_rest, stage.schedule_rest)
-    warmup = max(1, round(config.warmup * stage.steps))
+    warmup = max(1, round(config.warmup * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    progress = (step - warmup) / max(1, stage.steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
     return LR_END + (peak - LR_END) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -926,12 +938,13 @@ def load_checkpoint(path):
     return model
 
 
-def save_state(folder, model, optimizer, step, manifest):
+def save_state(folder, model, optimizers, step, manifest):
     """state/STEP: everything resuming needs. The last two are kept."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {"model." + name: tensor for name, tensor in model.state_dict().items()}
-    for parameter, state in optimizer.state.items():
-        tensors |= {f"{key}.{names[parameter]}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}     # moments, and AdamW's step
     with atomic(folder / "state" / f"{step:06d}") as temporary:
         temporary.mkdir()
         save_file(tensors, temporary / "state.safetensors", metadata={"ttt_minute": json.dumps(manifest | {"step": step})})
@@ -943,7 +956,7 @@ def saved_states(folder):
     return sorted(path for path in (folder / "state").glob("*") if path.name.isdigit())
 
 
-def load_state(folder, model, optimizer, manifest):
+def load_state(folder, model, optimizers, manifest):
     """Put the newest state back and return its step."""
     path = saved_states(folder)[-1] / "state.safetensors"
     tensors, saved = read_checkpoint(path)
@@ -952,10 +965,15 @@ def load_state(folder, model, optimizer, manifest):
         if saved[key] != manifest[key]:
             raise UserError(f"{path} was made by a run with {key} {saved[key]}, this one has {manifest[key]}; resume with the same flags")
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(saved["step"])), **moments}
+    states = {}                                               # parameter name -> its optimizer's tensors
+    for key, tensor in tensors.items():
+        kind, name = key.split(".", 1)
+        if kind != "model":
+            states.setdefault(name, {})[kind] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            optimizer.state[parameter] = {key: x if key == "step" else x.to(parameter.device) for key, x in states[names[parameter]].items()}
     return saved["step"]
 
 
@@ -971,55 +989,63 @@ def draw(runs, stage, config, name, step):
     return latents, text * keep[:, None, None, None], t, noise
 
 
-def train(model, name, stage, runs, folder, start, every, stop):
-    """One stage: for step: learning rate, batch, loss, backward, clip, step, log. `stop()` asks to save and leave."""
+def train(model, name, stage, runs, folder, save_every):
+    """One stage: for step: learning rate, batch, loss, backward, clip, step, log. Goes on from a saved state if there is one.
+
+    Ctrl-C ends the step, saves and leaves.
+    """
     config, device = model.config, next(model.parameters()).device
-    optimizer = make_optimizer(model, stage, config)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizers = make_optimizers(model, stage, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trainable = [parameter for group in groups for parameter in group["params"]]
     manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch)
-    first = load_state(folder, model, optimizer, manifest) if start == "resume" else 0
+    first = load_state(folder, model, optimizers, manifest) if saved_states(folder) else 0
     tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
-    folder.mkdir(parents=True, exist_ok=True)
-    log = trim_log(folder / "log.jsonl", first)
+    log = open_log(folder / "log.jsonl", first)
+    interrupted = []
+    old_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
 
     bar = tqdm(range(first, stage.steps), desc=name, initial=first, total=stage.steps, unit="step", dynamic_ncols=True)
     for step in bar:
         begin = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, stage, group["new"], config)
+        for group in groups:
+            group["lr"] = lr_at(step, stage.steps, group["peak"], group["schedule"], config)
         latents, text, t, noise = (x.to(device) for x in draw(runs, stage, config, name, step))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = diffusion_loss(model, latents, text, t, noise)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
         if not torch.isfinite(loss + norm):
-            kept = saved_states(folder)
             bar.close()
+            kept = saved_states(folder)
             sys.exit(f"error: the loss or its gradient became {(loss + norm).item()} at step {step} of stage {name}; "
                      f"{f'the last good state is {kept[-1]}' if kept else 'nothing had been saved yet'}; lower the learning rate or eta")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
-        seconds = time.perf_counter() - begin
-        lr = {"lr_new" if group["new"] else "lr": group["lr"] for group in optimizer.param_groups}
+        seconds, done = time.perf_counter() - begin, step + 1
+        lr = {"lr_new" if group["new"] else "lr": group["lr"] for group in optimizers[0].param_groups}
         log.write(json.dumps(dict(stage=name, step=step, loss=loss.item(), **lr, grad_norm=norm.item(), ms=round(1000 * seconds, 1),
                                   tokens_per_second=round(tokens / seconds), memory_gb=round(memory_gb(device), 2))) + "\n")
         log.flush()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        done = step + 1
-        if stop() or done == stage.steps or done % every == 0:
-            save_state(folder, model, optimizer, done, manifest)
-        if stop() and done < stage.steps:
+        if interrupted or done == stage.steps or done % save_every == 0:
+            save_state(folder, model, optimizers, done, manifest)
+        if interrupted and done < stage.steps:
             bar.close()
+            signal.signal(signal.SIGINT, old_handler)
+            print(f"interrupted after step {done} of stage {name}, which is saved; go on with --resume", file=sys.stderr)
             raise KeyboardInterrupt
     log.close()
+    signal.signal(signal.SIGINT, old_handler)
     save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps, codec=runs.index["codec"])
-    plot_loss(folder)
 
 
-def trim_log(path, first):
-    """Open a stage's log for appending, without the steps that will be taken again."""
-    lines = path.read_text().splitlines(keepends=True)[:first] if first else []
+def open_log(path, first):
+    """A stage's log, without the steps that will be taken again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
     with atomic(path) as temporary:
         temporary.write_text("".join(lines))
     return path.open("a")
@@ -1031,23 +1057,6 @@ def memory_gb(device):
     import resource                 # not on Windows; there it is left out
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def plot_loss(folder):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    loss = torch.tensor([json.loads(line)["loss"] for line in (folder / "log.jsonl").open()])
-    window = max(1, len(loss) // 20)
-    mean = loss.unfold(0, window, 1).mean(-1)
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(loss, color="0.8", linewidth=0.8, label="each step")
-    axes.plot(range(window - 1, len(loss)), mean, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss (mean squared error of v)", title=f"{folder.parent.name}, stage {folder.name}", ylim=(0, None))
-    axes.legend()
-    with atomic(folder / "loss.png") as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 # The command line: every Config field is a flag, and a few flags say what to run.
@@ -1085,37 +1094,50 @@ def pick_device(name=None):
     return device
 
 
-def seconds_a_token(config, device):
-    """Time one training step of a 3-second clip, to announce how long a run will take."""
-    model, batch = DiT(config).to(device), 2
-    T, text = 13, torch.zeros(batch, 1, config.text_len, config.text_dim, device=device)
-    latents = torch.zeros(batch, T, config.channels, config.height, config.width, device=device)
+def seconds_a_token(config, device, batch=8):
+    """Time a training step of 3-second clips, to announce how long a run will take."""
+    model = DiT(config).to(device)
+    text = torch.zeros(batch, 1, config.text_len, config.text_dim, device=device)
+    latents = torch.zeros(batch, 13, config.channels, config.height, config.width, device=device)
+    times = []
     for _ in range(3):
         begin = time.perf_counter()
         diffusion_loss(model, latents, text, torch.zeros(batch, dtype=torch.long), latents).backward()
-    return (time.perf_counter() - begin) / (batch * Layout(1, config.text_len, config.grid(1)).tokens)
+        times.append(time.perf_counter() - begin)
+    return min(times) / (batch * Layout(1, config.text_len, config.grid(1)).tokens)
 
 
 def print_plan(config, stages, todo, device, episodes):
+    minutes = lambda seconds: f"{seconds / 60:7.1f} min" if seconds == seconds else f"{'not known':>11}"
     print(f"{config.preset}, layer {config.layer}, on {device} with {torch.get_num_threads()} threads. Paper's numbers in brackets (Table 2).\n")
     print(f"{'stage':<9} {'segments':>8} {'tokens':>8} {'steps x batch':>22} {'lr of new / rest':>36} {'expected':>9}")
     if episodes:
-        print(f"{'world':<9} {f'{episodes} episodes of a minute: render, encode':<76} {WORLD_SECONDS * episodes / 60:7.1f} min")
+        print(f"{'world':<9} {f'{episodes} episodes of a minute: render, encode':<76} {minutes(WORLD_SECONDS * episodes)}")
     total = WORLD_SECONDS * episodes
     rate = {}
     for name in todo:
         stage, paper = stages[name], STAGES[name]
         own = dataclasses.replace(config, layer="local") if name == "pretrain" else config
         if own.layer not in rate:
-            rate[own.layer] = seconds_a_token(own, device)
+            rate[own.layer] = seconds_a_token(own, device) if config.preset == "pocket" else math.nan
         tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
-        seconds = rate[own.layer] * tokens * (stage.steps * stage.batch + 40)         # sampling reads a video about 100 times, forward only
+        seconds = rate[own.layer] * tokens * (stage.steps * stage.batch + 30)         # a sample reads its video 99 times, forward only
         total += seconds
         known = name != "pretrain"
         steps = f"{stage.steps} x {stage.batch}" + (f" ({paper.steps} x {paper.batch})" if known else "")
         lr = f"{stage.lr_new:.0e} / {stage.lr_rest:.0e}" + (f" ({paper.lr_new:.0e} / {paper.lr_rest:.0e})" if known else "")
-        print(f"{name:<9} {stage.segments:>8} {tokens:>8} {steps:>22} {lr:>36} {seconds / 60:7.1f} min")
-    print(f"{'in all':<87} {total / 60:7.1f} min\n")
+        print(f"{name:<9} {stage.segments:>8} {tokens:>8} {steps:>22} {lr:>36} {minutes(seconds)}")
+    print(f"{'in all':<87} {minutes(total)}\n")
+
+
+def open_runs(data, segments, config, codec):
+    """The training videos, if they fit this run."""
+    runs = dataset.Runs(data, segments, codec.id)
+    made = runs.index["latents"] + runs.index["text"]
+    wanted = [13, config.channels, config.height, config.width, config.text_len, config.text_dim]
+    if made != wanted:
+        raise UserError(f"{data} holds latents and texts of sizes {made}, this run wants {wanted}; ingest the videos again")
+    return runs
 
 
 WORLD_SECONDS = 0.8                 # an episode of the pocket world on two cores, from drawing to latents
@@ -1143,57 +1165,52 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)}: at least 1 is needed")
     config, device = config_from(args), pick_device(args.device)
 
-    stages = stages_of(config.preset)
     changes = {"steps": args.steps, "batch": args.batch_size}
-    stages = {name: dataclasses.replace(stage, **{key: value for key, value in changes.items() if value}) for name, stage in stages.items()}
+    changes = {field: value for field, value in changes.items() if value}
+    stages = {name: dataclasses.replace(stage, **changes) for name, stage in stages_of(config.preset).items()}
     if args.stage not in stages:
         raise UserError(f"--stage {args.stage}: preset {config.preset} has the stages {', '.join(stages)}")
     chain = list(stages)[:list(stages).index(args.stage) + 1]
     folders = {name: run_folder(args.out_dir, config, name) for name in chain}
     done = [name for name in chain if (folders[name] / "model.safetensors").exists() and not (args.overwrite and name == args.stage)]
-    todo = [name for name in chain if name not in done]
-    todo = [name for name in todo if not set(chain[chain.index(name):]) & set(done)]     # nothing before a trained stage is needed
-    for name in todo:
-        if args.overwrite and name == args.stage and not args.dry_run:
-            shutil.rmtree(folders[name], ignore_errors=True)
-        if saved_states(folders[name]) and not args.resume and not args.dry_run:
-            raise UserError(f"stage {name} was interrupted; add --resume to go on, or --overwrite to start it again")
-    if config.preset != "pocket" and todo and not args.dry_run:
-        raise UserError(f"preset {config.preset} starts from the weights of CogVideoX, which this version cannot read yet; --dry_run prints its plan")
-
+    todo = chain[chain.index(done[-1]) + 1:] if done else chain                          # nothing before a trained stage is needed
     data = Path(args.data) if args.data else Path(args.out_dir) / "pocket-world" / "latents"
     episodes = 0 if args.data or (data / "index.json").exists() or not todo else args.episodes
-    print_plan(config, stages, todo, device, episodes)
     if args.dry_run:
-        return
+        return print_plan(config, stages, todo or chain, device, episodes)
+
+    if config.preset != "pocket":
+        raise UserError(f"preset {config.preset} starts from the weights of CogVideoX, which this version cannot read yet; --dry_run prints its plan")
+    for name in todo:
+        if saved_states(folders[name]) and not args.resume and not (args.overwrite and name == args.stage):
+            raise UserError(f"stage {name} was interrupted; add --resume to go on, or --overwrite to start it again")
     import sample
+    codec = dataset.PocketCodec()
+    if todo and args.data:
+        open_runs(data, stages[args.stage].segments, config, codec)                      # a mistake should show before hours of work
+    if todo:
+        print_plan(config, stages, todo, device, episodes)
     if episodes:
         videos = data.parent / "videos"
         dataset.render_world(videos, episodes)
-        dataset.ingest(videos, data, dataset.PocketCodec(), dataset.PocketText(config.text_len, config.text_dim))
+        dataset.ingest(videos, data, codec, dataset.PocketText(config.text_len, config.text_dim))
 
-    interrupted = []
-    handler = lambda signal_number, frame: interrupted.append(signal_number) if not interrupted else sys.exit(130)
     for name in todo:
         stage, folder = stages[name], folders[name]
-        own = dataclasses.replace(config, layer="local") if name == "pretrain" else config
+        runs = open_runs(data, stage.segments, config, codec)
         torch.manual_seed(config.seed)
-        model = DiT(own).to(device)
+        model = DiT(dataclasses.replace(config, layer="local") if name == "pretrain" else config).to(device)
         if name != chain[0]:
             load_weights(model, folders[chain[chain.index(name) - 1]] / "model.safetensors")
-        runs = dataset.Runs(data, stage.segments)
-        signal.signal(signal.SIGINT, handler)
-        try:
-            train(model, name, stage, runs, folder, "resume" if saved_states(folder) else "new", args.checkpoint_every, lambda: interrupted)
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; go on with: python {' '.join(sys.argv)}{'' if args.resume else ' --resume'}", file=sys.stderr)
-            raise
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if args.overwrite and name == args.stage:
+            shutil.rmtree(folder, ignore_errors=True)
+        train(model, name, stage, runs, folder, args.checkpoint_every)
+        sample.plot_loss(folder)
         sample.show_stage(model, folder, stage.segments, device)
     if not todo:
         print(f"stage {args.stage} is already trained ({folders[args.stage]}); --overwrite trains it again")
-        sample.show_stage(load_checkpoint(folders[args.stage] / "model.safetensors").to(device), folders[args.stage], stages[args.stage].segments, device)
+        model = load_checkpoint(folders[args.stage] / "model.safetensors").to(device)
+        sample.show_stage(model, folders[args.stage], stages[args.stage].segments, device)
     print(f"done: {folders[args.stage]} holds {', '.join(sorted(path.name for path in folders[args.stage].iterdir()))}")
 
 
