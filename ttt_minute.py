@@ -44,8 +44,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # CPU threads that wait sleep: on a busy laptop up to 30 times faster
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
