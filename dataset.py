@@ -840,12 +840,17 @@ def sinusoids(length, dim):
 
 
 class PocketText:
-    """The text encoder in place of T5: a fixed vector a word plus its position; unknown words are fine."""
+    """The text encoder in place of T5. Unknown words are fine.
+
+    Half of a token's channels are its word's fixed vector, the other half a fading memory of the words before it, so
+    that "left" knows who is on the left; then its position.
+    """
+    fade = 0.8
 
     def __init__(self, length=40, dim=64):
         self.length, self.dim = length, dim
         self.id = f"pocket-words-{length}x{dim}"
-        self.positions = sinusoids(length, dim)
+        self.positions = 0.5 * sinusoids(length, dim)
 
     def words(self, text):
         return re.findall(rf"{START}|{END}|[^\W_]+(?:['’][^\W_]+)*", text.lower())
@@ -858,8 +863,11 @@ class PocketText:
             if len(words) > self.length:
                 tqdm.write(f"warning: {where}, segment {number}: {len(words)} words, cut to {self.length}", file=sys.stderr)
                 words = words[:self.length - 1] + words[-1:]                  # keeps the end mark
+            memory = np.zeros(self.dim // 2, np.float32)
             for n, word in enumerate(words):
-                out[number - 1, n] = word_vector(word, self.dim) + self.positions[n]
+                vector = word_vector(word, self.dim // 2)
+                out[number - 1, n] = np.concatenate([vector, memory]) + self.positions[n]
+                memory = self.fade * memory + np.sqrt(1 - self.fade ** 2) * vector
         return torch.from_numpy(out)
 
 

@@ -36,7 +36,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -47,7 +46,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -149,8 +148,8 @@ LR_END = 1e-5                       # where the cosine schedule ends
 # recipe, so it may use Muon, which needs about half of AdamW's steps here.
 POCKET_STAGES = {
     "pretrain": Stage(1, 900, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
-    "3s": Stage(1, 120, 8, 2e-3, 2e-4, "cosine", everything=True),
-    "9s": Stage(3, 300, 4, 5e-4, 5e-4),
+    "3s": Stage(1, 200, 8, 2e-3, 1e-3, "cosine", "cosine", everything=True),
+    "9s": Stage(3, 240, 4, 5e-4, 5e-4),
     "18s": Stage(6, 120, 2, 5e-4, 5e-4),
     "30s": Stage(10, 60, 2, 5e-4, 5e-4),
     "63s": Stage(21, 60, 1, 5e-4, 5e-4),
@@ -1052,7 +1051,9 @@ def open_log(path, first):
 def memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource                 # not on Windows; there it is left out
+    if sys.platform == "win32":
+        return math.nan             # Windows has no `resource`
+    import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
