@@ -334,6 +334,18 @@ def test_the_backward_direction_is_the_layer_on_the_reversed_story():
     assert torch.allclose(both(x, layout), expected, atol=1e-6)
 
 
+def test_adaln_scales_shifts_and_gates_text_and_video_apart():
+    """Six vectors in the order shift, scale, gate for video, then for text: y = LN(x) (1 + scale) + shift."""
+    adaln, layout = ttt_minute.AdaLN(TINY), Layout(1, 3, (13, 2, 3))
+    adaln.linear.weight.data.zero_()
+    adaln.linear.bias.data = torch.arange(1.0, 7.0).repeat_interleave(TINY.dim)
+    x = torch.randn(1, layout.tokens, TINY.dim)
+    y, gate = adaln(x, torch.zeros(1, TINY.time_dim), layout)
+    normal = F.layer_norm(x, (TINY.dim,), eps=TINY.norm_eps)
+    assert torch.allclose(y[:, 3:], normal[:, 3:] * 3 + 1, atol=1e-5) and (gate[:, 3:] == 3).all()
+    assert torch.allclose(y[:, :3], normal[:, :3] * 6 + 4, atol=1e-5) and (gate[:, :3] == 6).all()
+
+
 def test_the_layer_hands_the_scan_what_the_paper_says():
     """q and k of length 1, the target v - k normalised by the layer's own gamma and beta, eta as eta_base sigmoid / (F b)."""
     torch.manual_seed(0)
@@ -417,6 +429,20 @@ def test_guidance_moves_away_from_the_negative_prompt_or_from_zeros():
     sample.ddim(named, torch.randn_like(latents), text, torch.ones_like(text), steps=3)
     assert [asked for _, asked in zeros.asked][2::2] == [0, 0]
     assert [asked for _, asked in named.asked][2::2] == [text.numel()] * 2
+
+
+def test_guidance_goes_from_the_negative_v_beyond_the_conditional_one():
+    """One step from pure noise gives x_0 = -v, and v = v_neg + w (v_cond - v_neg)."""
+
+    class Echo(torch.nn.Module):
+        config = TINY
+
+        def forward(self, x, text, t):
+            return torch.full_like(x, text.mean().item())
+
+    noise, text = torch.randn(1, 13, 4, 4, 6), torch.full((1, 1, 3, 8), 2.0)
+    latents = sample.ddim(Echo(), noise, text, text / 4, steps=1, guidance=(3.0, 3.0))
+    assert torch.allclose(latents, torch.full_like(noise, -(0.5 + 3 * (2.0 - 0.5))))
 
 
 # ----------------------------------------------------------------------------------------------------
