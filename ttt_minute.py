@@ -26,10 +26,10 @@ Glossary: code (paper)
 
 Map
      1  Config, presets and stages        6  Attention inside a segment
-     2  Parts                             7  (the linear recurrences will stand here)
+     2  Parts                             7  (kept for the linear recurrences)
      3  One sequence out of many segments 8  Gate, both directions, block, model
      4  The inner loop (the heart)        9  Diffusion
-     5  The TTT layer                    10  Training in stages
+     5  The TTT layer                    10  Training in stages, the command line
 """
 
 import dataclasses
