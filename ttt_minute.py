@@ -145,7 +145,7 @@ LR_END = 1e-5                       # where the cosine schedule ends
 
 # A small network learns with larger steps, and a laptop affords fewer of them. "pretrain" stands in for
 # CogVideoX-5B: 3-second clips, layer "local", trained once and shared by all layers. It is not part of the paper's
-# recipe, so it may use Muon, which needs about half of AdamW's steps here.
+# recipe, so it may use Muon, which learns faster than AdamW here.
 POCKET_STAGES = {
     "pretrain": Stage(1, 900, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
     "3s": Stage(1, 200, 8, 2e-3, 1e-3, "cosine", "cosine", everything=True),
