@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import dataset
 from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
-from ttt_minute import LAYERS, PRESETS, STAGES, Config, alphas_cumprod, load_checkpoint, pick_device, read_checkpoint, run_folder
+from ttt_minute import LAYERS, PRESETS, STAGES, Config, alphas_cumprod, load_checkpoint, pick_device, run_folder
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Diffusion backwards (appendix A)
@@ -144,12 +144,20 @@ def held_out(segments, seed=0):
     return list(dataset.episode(dataset.TEST_SEEDS + seed, segments).segments)
 
 
+def codec_of(model):
+    """The codec that decodes a model's latents, or a UserError: another one would give a wrong picture without a word."""
+    codec = dataset.PocketCodec()
+    if model.codec != codec.id:
+        raise UserError(f"the checkpoint was trained on latents of codec {model.codec}, this is {codec.id}; train the stage again with --overwrite")
+    return codec
+
+
 def show_stage(model, folder, segments, device):
     """The sample that ends a training stage: sample.mp4, .gif and .png beside its checkpoint."""
-    config = model.config
+    config, codec = model.config, codec_of(model)
     board = held_out(segments, config.seed)
     latents = generate(model.eval(), board, dataset.PocketText(config.text_len, config.text_dim), config.seed, device)
-    save_video(dataset.PocketCodec().decode(latents), board, folder / "sample.mp4")
+    save_video(codec.decode(latents), board, folder / "sample.mp4")
     print(f"look at {folder / 'sample.png'}")
 
 
@@ -185,17 +193,16 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps {args.steps}: between 1 and 1000 is needed")
-    path = find_checkpoint(args.out_dir, Config(preset=args.preset, layer=args.layer), args.stage)
+    config = Config(preset=args.preset, layer=args.layer)
+    path = find_checkpoint(args.out_dir, config, args.stage)
     boards = dataset.parse_storyboard(args.storyboard) if args.storyboard else [held_out(STAGES[args.stage].segments, args.seed)]
-    out = Path(args.out or run_folder(args.out_dir, Config(preset=args.preset, layer=args.layer), args.stage) / "video.mp4")
+    out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: the name must end in .mp4")
 
-    codec, device = dataset.PocketCodec(), pick_device(args.device)
+    device = pick_device(args.device)
     model = load_checkpoint(path).to(device).eval()
-    made_by = read_checkpoint(path)[1]["codec"]
-    if made_by != codec.id:
-        raise UserError(f"{path} was trained on latents of codec {made_by}, this is {codec.id}; train the stage again with --overwrite")
+    codec = codec_of(model)
     text_encoder = dataset.PocketText(model.config.text_len, model.config.text_dim)
     for number, board in enumerate(boards, 1):
         name = out if len(boards) == 1 else out.with_stem(f"{out.stem}-{number}")

@@ -621,6 +621,14 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(trained, world, tmp_pat
     assert (tmp_path / "pocket-ttt_mlp/3s/state/000002").exists() and not (tmp_path / "pocket-ttt_mlp/3s/model.safetensors").exists()
 
 
+def test_a_checkpoint_of_another_codec_is_refused_before_it_draws(trained):
+    model = load_checkpoint(trained / "pocket-ttt_mlp/9s/model.safetensors")
+    assert sample.codec_of(model).id == model.codec
+    model.codec = "another"
+    with pytest.raises(UserError, match="codec another"):
+        sample.show_stage(model, trained / "nowhere", 1, "cpu")
+
+
 def test_a_storyboard_becomes_a_video_of_its_own_length(trained, tmp_path):
     import imageio.v3 as imageio
     story = tmp_path / "story.txt"

@@ -772,6 +772,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.codec = None           # id of the codec whose latents it is trained on
         pixels = config.channels * config.patch ** 2
         self.patch_in = nn.Linear(pixels, config.dim)
         self.text_in = nn.Linear(config.text_dim, config.dim)
@@ -882,7 +883,7 @@ def run_folder(out_dir, config, name):
 
 def save_model(model, path, **manifest):
     """Write what sampling needs, config included, in one file."""
-    manifest = dict(manifest, config=dataclasses.asdict(model.config))
+    manifest = dict(manifest, codec=model.codec, config=dataclasses.asdict(model.config))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"ttt_minute": json.dumps(manifest)})
@@ -932,6 +933,7 @@ def load_checkpoint(path):
     known = {field.name for field in dataclasses.fields(Config)}
     model = DiT(Config(**{name: value for name, value in manifest["config"].items() if name in known}))
     model.load_state_dict(tensors)
+    model.codec = manifest["codec"]
     return model
 
 
@@ -1036,7 +1038,8 @@ def train(model, name, stage, runs, folder, save_every):
             raise KeyboardInterrupt
     log.close()
     signal.signal(signal.SIGINT, old_handler)
-    save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps, codec=runs.index["codec"])
+    model.codec = runs.index["codec"]
+    save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps)
 
 
 def open_log(path, first):
