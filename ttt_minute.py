@@ -85,17 +85,17 @@ class Config:
 
     # The inner loop (sections 2.3 and 3.4). A small world has few inner steps, so it needs bolder ones
     # than the paper's b = 64, eta 0.1, std 0.02, which assume the 5,337 mini-batches of a minute at 5b.
-    mini_batch: int = 16            # b
-    eta_mlp: float = 3.0            # eta_base of TTT-MLP
+    mini_batch: int = 32            # b
+    eta_mlp: float = 6.0            # eta_base of TTT-MLP
     eta_linear: float = 1.0         # eta_base of TTT-Linear
-    ttt_std: float = 0.1            # standard deviation of the initial W1 and W2
+    ttt_std: float = 0.2            # standard deviation of the initial W1 and W2
     ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
     scan_checkpoint: int = 4        # the backward pass of the scan keeps W every so many mini-batches
     gate_init: float = 0.1          # alpha and beta at the start (eq 6)
     backend: str = "auto"           # of ttt_scan: auto, torch, dual or autograd
 
     # Training (appendix A)
-    snr_shift: float = 1.0          # > 1 moves the noise schedule towards more noise
+    snr_shift: float = 3.0          # > 1 means more noise; 3 as in CogVideoX-2B, 1 as in CogVideoX-5B
     warmup: float = 0.02            # fraction of a stage's steps
     clip: float = 0.1               # gradient norm
     weight_decay: float = 1e-4      # on matrices only
@@ -110,12 +110,12 @@ class Config:
         return 12 * segments + 1, self.height // self.patch, self.width // self.patch
 
 
-PAPER_INNER_LOOP = dict(mini_batch=64, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02)
+PAPER = dict(mini_batch=64, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, snr_shift=1.0)
 
 PRESETS = {
     "pocket": dict(),
     "small": dict(height=32, width=48, text_len=64, depth=12, heads=8, head_width=64, time_dim=512, ttt_std=0.05, eta_mlp=1.0, mini_batch=64),
-    "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64, time_dim=512, **PAPER_INNER_LOOP),
+    "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64, time_dim=512, **PAPER),
 }
 
 
@@ -190,10 +190,10 @@ def modulate(x, shift, scale):                                                  
 
 @functools.lru_cache(maxsize=64)
 def rope_table(grid, width, theta, device):
-    """cos and sin of the 3D rotary embedding for a (t, h, w) grid of tokens, each [t h w, width/2].
+    """exp(i angle) of the 3D rotary embedding for a (t, h, w) grid of tokens, complex [t h w, width/2].
 
     A quarter of the channels turns with time, three eighths each with height and width. Tokens are in
-    (t, h, w) order, positions are integers from 0, tables are fp32.
+    (t, h, w) order, positions are integers from 0, angles are fp32.
     """
     widths = width // 4, 3 * width // 8, 3 * width // 8
     angles = []
@@ -204,14 +204,13 @@ def rope_table(grid, width, theta, device):
         shape[axis] = length
         angles.append(angle.reshape(shape).expand(*grid, -1))
     angle = torch.cat(angles, dim=-1).flatten(0, 2)                                   # [t h w, F/2]
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def rotate(x, table):
-    """Turn neighbouring pairs of channels of x [..., L, F] by the angles of a RoPE table."""
-    cos, sin = table
-    a, b = rearrange(x, "... (f two) -> two ... f", two=2)
-    return rearrange([a * cos - b * sin, a * sin + b * cos], "two ... f -> ... (f two)").to(x.dtype)
+    """Turn neighbouring pairs of channels of x [..., L, F] by the angles of a RoPE table: products of complex numbers."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(wide) * table).flatten(-2).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -283,13 +282,12 @@ def scan_order(layout, device):
 
 @functools.lru_cache(maxsize=64)
 def scan_rope(layout, width, theta, device):
-    """RoPE for a whole scan, cos and sin [L, F/2]: text is not turned; video positions count along the
+    """RoPE for a whole scan, complex [L, F/2]: text is not turned; video positions count along the
     order given, so in the reverse order t, h and w all run backwards."""
     is_video = scan_order(layout, device) >= layout.text_tokens                       # [L]
-    cos = torch.ones(layout.tokens, width // 2, device=device)
-    sin = torch.zeros(layout.tokens, width // 2, device=device)
-    cos[is_video], sin[is_video] = rope_table(layout.grid, width, theta, device)
-    return cos, sin
+    table = torch.ones(layout.tokens, width // 2, dtype=torch.complex64, device=device)
+    table[is_video] = rope_table(layout.grid, width, theta, device)
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -355,16 +353,19 @@ def over_tokens(x):                                                             
 
 
 def gelu_derivatives(x, order):
-    """gelu_tanh(x) = x sigmoid(phi) with phi = 2c x (1 + d x^2), and its first `order` derivatives."""
+    """gelu_tanh(x) = x s, s = sigmoid(2c x (1 + d x^2)), and its first `order` derivatives.
+
+    With p = 2c (1/3 + d x^2) and u = x p they are s + 3 u s' and (9 p (u (1 - 2s) + 4/3) - 4c) s', where s' = s (1 - s).
+    """
     c2, d = 2 * math.sqrt(2 / math.pi), 0.044715
-    square = x * x
-    s = torch.sigmoid((c2 * d * square).add_(c2).mul_(x))
-    slope = (3 * c2 * d * square).add_(c2)                                            # phi'
-    bell = torch.addcmul(s, s, s, value=-1)                                           # s (1 - s)
-    first = torch.addcmul(s, bell, x * slope)
+    p = (x * x).mul_(c2 * d).add_(c2 / 3)
+    u = x * p
+    s = torch.add(u, x, alpha=2 * c2 / 3).sigmoid_()
+    bell = torch.addcmul(s, s, s, value=-1)                                           # s'
+    first = torch.addcmul(s, bell, u, value=3)
     if order == 1:
         return x * s, first
-    second = (1 - 2 * s).mul_(x).mul_(slope).add_(2).mul_(slope).add_(square, alpha=6 * c2 * d).mul_(bell)
+    second = torch.addcmul(u, u, s, value=-2).add_(4 / 3).mul_(p).mul_(9).sub_(2 * c2).mul_(bell)
     return x * s, first, second
 
 
@@ -561,14 +562,15 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
         return rearrange(x, "B H (M b) F -> M (B H) b F", b=mini_batch).contiguous()
 
     tokens = [mini_batches(x) for x in (q, k, v, eta[..., None])]
-    if backend == "torch":
-        out, *W = PrimalScan.apply(*tokens, gamma, beta, eps, checkpoint, *W)
-    else:
-        step, out = SCAN_BACKENDS[backend], []
-        for q_t, k_t, v_t, eta_t in zip(*tokens):
-            z, W = step(W, q_t, k_t, v_t, eta_t, gamma, beta, eps)
-            out.append(z)
-        out = torch.stack(out)
+    with torch.autocast(q.device.type, enabled=False):        # the dtypes above stand
+        if backend == "torch":
+            out, *W = PrimalScan.apply(*tokens, gamma, beta, eps, checkpoint, *W)
+        else:
+            step, out = SCAN_BACKENDS[backend], []
+            for q_t, k_t, v_t, eta_t in zip(*tokens):
+                z, W = step(W, q_t, k_t, v_t, eta_t, gamma, beta, eps)
+                out.append(z)
+            out = torch.stack(out)
     out = rearrange(out, "M (B H) b F -> B H (M b) F", B=B)[:, :, :L].to(q.dtype)
     return out, tuple(w.reshape(B, *e) for w, e in zip(W, expected))
 
@@ -618,10 +620,8 @@ class TTT(nn.Module):
         rope = scan_rope(layout, config.head_width, config.rope_theta, x.device)
         q, k = (rotate(F.normalize(y.float(), dim=-1, eps=1e-12), rope) for y in (q, k))
         # f learns the residual v - k; its target is normalised like its output, by the same gamma and beta.
-        residual = v.float() - k
-        residual = residual - residual.mean(-1, keepdim=True)
-        std = residual.norm(dim=-1, keepdim=True) / math.sqrt(config.head_width - 1)
-        residual = residual / (std + 1e-8)
+        width = config.head_width
+        residual = F.layer_norm(v.float() - k, [width], eps=1e-16) * math.sqrt((width - 1) / width)      # unbiased variance
         v = k + self.ln_gamma[:, None] * residual + self.ln_beta[:, None]
         # The step size of each token: eta_base / b in eq 13, learned by a gate, and 1/F as published in code.
         eta = self.eta_base * torch.sigmoid(self.eta(x).float()) / (config.head_width * config.mini_batch)
