@@ -849,7 +849,7 @@ class PocketText:
 
     def __init__(self, length=40, dim=64):
         self.length, self.dim = length, dim
-        self.id = f"pocket-words-{length}x{dim}"
+        self.id = f"pocket-words-2-{length}x{dim}"
         self.positions = 0.5 * sinusoids(length, dim)
 
     def words(self, text):
@@ -1077,22 +1077,34 @@ def write_index(out, codec, text_encoder):
 # 7. The loader ----------------------------------------------------------------------------------------------
 
 
+def encoder_ids(codec, text_encoder):
+    """What latents, text embeddings and a network trained on them have in common."""
+    return {"codec": codec.id, "text_encoder": text_encoder.id}
+
+
+def check_encoders(where, made_with, ids, remedy):
+    """Raises UserError if the ids differ: numbers of one codec mean nothing to another."""
+    for kind, name in ids.items():
+        if made_with.get(kind) != name:
+            raise UserError(f"{where} was made with the {kind.replace('_', ' ')} {made_with.get(kind)}, not {name}; {remedy}")
+
+
 class Runs:
     """Every run of `segments` consecutive segments of the ingested videos in `folder`; len() counts them.
 
-    Raises UserError: folder or index missing, made by another codec, a damaged file, no video long enough.
+    Raises UserError: folder or index missing, made with other encoders than `ids`, a damaged file, no video long enough.
     """
     in_memory = 1 << 30                                             # bytes up to which everything is kept in memory
 
-    def __init__(self, folder, segments, codec_id=None):
+    def __init__(self, folder, segments, ids=None):
         self.folder, self.segments = Path(folder), segments
         if not (self.folder / "index.json").exists():
             raise UserError(f"{folder}: no dataset here, make one with python dataset.py --ingest VIDEOS --out {folder}")
         self.index = read_json(read_text(self.folder / "index.json"), f"{folder}/index.json")
         if not isinstance(self.index, dict) or self.index.get("format") != FORMAT:
             raise UserError(f"{folder}/index.json: not of the format {FORMAT}; ingest the videos again")
-        if codec_id is not None and self.index["codec"] != codec_id:
-            raise UserError(f"{folder}: made by codec {self.index['codec']}, not {codec_id}; ingest the videos again")
+        check_encoders(folder, self.index, ids or {}, "ingest the videos again")
+        self.encoders = {kind: self.index[kind] for kind in ("codec", "text_encoder")}
         videos = self.index["videos"]
         self.runs = [(i, start) for i, video in enumerate(videos) for start in range(video["segments"] - segments + 1)]
         if not self.runs:

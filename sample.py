@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import dataset
 from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
-from ttt_minute import LAYERS, PRESETS, STAGES, Config, alphas_cumprod, load_checkpoint, pick_device, run_folder
+from ttt_minute import LAYERS, PRESETS, STAGES, Config, alphas_cumprod, find_checkpoint, load_checkpoint, pick_device, run_folder, save_model
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Diffusion backwards (appendix A)
@@ -144,19 +144,18 @@ def held_out(segments, seed=0):
     return list(dataset.episode(dataset.TEST_SEEDS + seed, segments).segments)
 
 
-def codec_of(model):
-    """The codec that decodes a model's latents, or a UserError: another one would give a wrong picture without a word."""
-    codec = dataset.PocketCodec()
-    if model.codec != codec.id:
-        raise UserError(f"the checkpoint was trained on latents of codec {model.codec}, this is {codec.id}; train the stage again with --overwrite")
-    return codec
+def encoders_of(model):
+    """The codec and the text encoder a model was trained with, or a UserError: others would give a wrong video without a word."""
+    codec, text_encoder = dataset.PocketCodec(), dataset.PocketText(model.config.text_len, model.config.text_dim)
+    dataset.check_encoders("the checkpoint", model.encoders, dataset.encoder_ids(codec, text_encoder), "train the stage again with --overwrite")
+    return codec, text_encoder
 
 
 def show_stage(model, folder, segments, device):
     """The sample that ends a training stage: sample.mp4, .gif and .png beside its checkpoint."""
-    config, codec = model.config, codec_of(model)
-    board = held_out(segments, config.seed)
-    latents = generate(model.eval(), board, dataset.PocketText(config.text_len, config.text_dim), config.seed, device)
+    codec, text_encoder = encoders_of(model)
+    board = held_out(segments, model.config.seed)
+    latents = generate(model.eval(), board, text_encoder, model.config.seed, device)
     save_video(codec.decode(latents), board, folder / "sample.mp4")
     print(f"look at {folder / 'sample.png'}")
 
@@ -164,16 +163,6 @@ def show_stage(model, folder, segments, device):
 # ----------------------------------------------------------------------------------------------------
 # 3. The command line
 # ----------------------------------------------------------------------------------------------------
-
-
-def find_checkpoint(out_dir, config, stage):
-    """A trained stage in out/, else one that ships in assets/."""
-    own = run_folder(out_dir, config, stage) / "model.safetensors"
-    shipped = Path(__file__).parent / "assets" / f"{config.preset}-{config.layer}-{stage}.safetensors"
-    for path in (own, shipped):
-        if path.exists():
-            return path
-    raise UserError(f"{own} is missing; train it with: python ttt_minute.py --stage {stage} --layer {config.layer} --preset {config.preset}")
 
 
 def main():
@@ -189,12 +178,16 @@ def main():
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"), help="guidance at the first and the last step (default 1 4)")
     parser.add_argument("--negative", help="what to move away from, for segments whose storyboard names nothing")
+    parser.add_argument("--export", metavar="FILE", help="write the stage's weights in half precision instead, as the files in assets/ are")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args()
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps {args.steps}: between 1 and 1000 is needed")
     config = Config(preset=args.preset, layer=args.layer)
     path = find_checkpoint(args.out_dir, config, args.stage)
+    if not path:
+        raise UserError(f"{run_folder(args.out_dir, config, args.stage) / 'model.safetensors'} is missing; train it with: "
+                        f"python ttt_minute.py --stage {args.stage} --layer {args.layer} --preset {args.preset}")
     boards = dataset.parse_storyboard(args.storyboard) if args.storyboard else [held_out(STAGES[args.stage].segments, args.seed)]
     out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":
@@ -202,8 +195,10 @@ def main():
 
     device = pick_device(args.device)
     model = load_checkpoint(path).to(device).eval()
-    codec = codec_of(model)
-    text_encoder = dataset.PocketText(model.config.text_len, model.config.text_dim)
+    if args.export:
+        save_model(model.half(), args.export, stage=args.stage)
+        return print(f"{args.export}: stage {args.stage} of {path}, in half precision")
+    codec, text_encoder = encoders_of(model)
     for number, board in enumerate(boards, 1):
         name = out if len(boards) == 1 else out.with_stem(f"{out.stem}-{number}")
         board = [dataset.Segment(s.text, s.negative or args.negative, s.scene) for s in board]

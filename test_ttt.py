@@ -5,10 +5,12 @@
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dataset
 import sample
@@ -178,6 +182,42 @@ def test_the_closed_form_backward_keeps_less_than_half_of_what_autograd_keeps(ki
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 
     assert bytes_kept("torch") < bytes_kept("autograd") / 2
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside and still alive; .peak is the most there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.storages = 0, 0, {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.storages:
+                self.storages[storage._cdata] = weakref.ref(storage, functools.partial(self.forget, storage._cdata, storage.nbytes()))
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return result
+
+    def forget(self, key, size, _):
+        del self.storages[key]
+        self.live -= size
+
+
+def scan_and_back(kind, weights, inputs, backend, mini_batch, checkpoint=4):
+    """Forward and backward, as training does it; returns the peak memory in bytes, inputs not counted."""
+    leaves = [x.detach().requires_grad_() for x in (*weights, *inputs)]
+    with PeakMemory() as memory:
+        out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], mini_batch, backend=backend, checkpoint=checkpoint)
+        out.sum().backward()
+    return memory.peak
+
+
+def test_the_closed_form_backward_needs_less_than_half_of_the_memory_of_autograd_at_its_peak():
+    weights, inputs = scan_inputs("mlp", B=1, H=4, L=1024, width=32, dtype=torch.float32, eta=0.01)
+    assert scan_and_back("mlp", weights, inputs, "torch", 32) < scan_and_back("mlp", weights, inputs, "autograd", 32) / 2
 
 
 @pytest.mark.parametrize("change, message", [
@@ -595,6 +635,14 @@ def test_a_later_stage_changes_only_what_it_trains(trained):
     assert any("global_layer.layer.W1" in name for name in changed) and any("attention" in name for name in changed)
 
 
+def test_a_stage_may_start_from_any_weights_but_never_over_a_trained_one(trained, world, tmp_path, capsys):
+    flags = ["--stage", "3s", "--data", world, "--init_from", trained / "pocket-local/pretrain/model.safetensors", *SMALL]
+    assert run(ttt_minute, *flags, "--out_dir", tmp_path) == 0
+    one, two = (load_file(folder / "pocket-ttt_mlp/3s/model.safetensors") for folder in (trained, tmp_path))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert run(ttt_minute, *flags, "--out_dir", tmp_path) == 2 and "--overwrite" in capsys.readouterr().err
+
+
 def test_a_trained_stage_says_so_and_a_checkpoint_loads(trained, world, capsys):
     assert run(ttt_minute, "--stage", "9s", "--data", world, "--out_dir", trained, *SMALL) == 0
     assert "already trained" in capsys.readouterr().out
@@ -637,12 +685,35 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(trained, world, tmp_pat
     assert (tmp_path / "pocket-ttt_mlp/3s/state/000002").exists() and not (tmp_path / "pocket-ttt_mlp/3s/model.safetensors").exists()
 
 
-def test_a_checkpoint_of_another_codec_is_refused_before_it_draws(trained):
-    model = load_checkpoint(trained / "pocket-ttt_mlp/9s/model.safetensors")
-    assert sample.codec_of(model).id == model.codec
-    model.codec = "another"
-    with pytest.raises(UserError, match="codec another"):
-        sample.show_stage(model, trained / "nowhere", 1, "cpu")
+def test_a_checkpoint_of_another_codec_or_text_encoder_is_refused(trained):
+    path = trained / "pocket-ttt_mlp/9s/model.safetensors"
+    model = load_checkpoint(path)
+    assert dataset.encoder_ids(*sample.encoders_of(model)) == model.encoders
+    for kind in model.encoders:
+        others = model.encoders | {kind: "another"}
+        with pytest.raises(UserError, match="not another.*--overwrite"):
+            ttt_minute.load_weights(model, path, others)
+        stranger = load_checkpoint(path)
+        stranger.encoders = others
+        with pytest.raises(UserError, match=f"{kind.replace('_', ' ')} another"):
+            sample.show_stage(stranger, trained / "nowhere", 1, "cpu")
+
+
+def test_a_stage_starts_from_weights_that_ship_if_they_fit(trained, world, tmp_path, monkeypatch, capsys):
+    """An exported stage in assets/ stands in for training it; one of another shape does not."""
+    monkeypatch.setattr(ttt_minute, "ASSETS", tmp_path / "assets")
+    export = ["--export", tmp_path / "assets" / "pocket-local-pretrain.safetensors"]
+    assert run(sample, "--stage", "pretrain", "--layer", "local", "--out_dir", trained, *export) == 0
+    assert {tensor.dtype for tensor in load_file(export[1]).values()} == {torch.float16}
+    own = trained / "pocket-local/pretrain/model.safetensors"
+    assert export[1].stat().st_size < 0.6 * own.stat().st_size
+    flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path / "out", "--dry_run", *SMALL]
+    assert run(ttt_minute, *flags) == 0
+    plan = capsys.readouterr().out
+    assert f"starts from {export[1]}" in plan and "pretrain  " not in plan
+    assert run(ttt_minute, *flags, "--depth", 2) == 0
+    plan = capsys.readouterr().out
+    assert "starts from" not in plan and "pretrain  " in plan
 
 
 def test_a_storyboard_becomes_a_video_of_its_own_length(trained, tmp_path):
@@ -840,7 +911,7 @@ def test_the_loader_says_what_is_wrong_with_a_folder(world, tmp_path):
     with pytest.raises(UserError, match="7 segments, the longest has 6"):
         dataset.Runs(world, 7)
     with pytest.raises(UserError, match="codec"):
-        dataset.Runs(world, 1, codec_id="another")
+        dataset.Runs(world, 1, {"codec": "another"})
     for path in world.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(UserError, match="episode-0000000.safetensors"):
@@ -874,12 +945,19 @@ def median_seconds(call, repeats=5):
 
 def bench():
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, fp32; medians of 5\n")
-    print(f"{'scan: B 1, H 4, F 64, b 64, 6,400 tokens, forward + backward':<66} {'seconds':>8}")
-    for kind in "mlp", "linear":
-        weights, inputs = scan_inputs(kind, B=1, H=4, L=6400, width=64, dtype=torch.float32, std=0.02, eta=0.01)
-        for backend in "autograd", "torch":
-            print(f"  TTT-{kind}, backend {backend:<48} {median_seconds(lambda: scan_gradients(kind, weights, inputs, backend, 64, 4)):>8.2f}")
-    print(f"\n{'training step of the pocket preset: 8 clips of 3 seconds':<66} {'seconds':>8}")
+    for H, width, b, B, L in (4, 64, 64, 1, 6400), (4, 32, 32, 8, 352):
+        title = f"scan: B {B}, H {H}, F {width}, b {b}, {L} tokens, forward + backward"
+        print(f"{title:<66} {'seconds':>8} {'peak MB':>8}")
+        for kind in "mlp", "linear":
+            weights, inputs = scan_inputs(kind, B=B, H=H, L=L, width=width, dtype=torch.float32, std=0.02, eta=0.01)
+            leaves = [x.requires_grad_() for x in (*weights, *inputs)]
+            for backend in "autograd", "dual", "torch":
+                def step():
+                    out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], b, backend=backend, checkpoint=4)
+                    out.sum().backward()
+                print(f"  TTT-{kind}, backend {backend:<48} {median_seconds(step):>8.3f} {scan_and_back(kind, weights, inputs, backend, b) / 1e6:>8.1f}")
+        print()
+    print(f"{'training step of the pocket preset: 8 clips of 3 seconds':<66} {'seconds':>8}")
     for layer in "local", "full", "ttt_linear", "ttt_mlp":
         model = DiT(Config(layer=layer))
         latents, text = random_latents(model.config, 1, batch=8)

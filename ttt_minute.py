@@ -144,15 +144,15 @@ STAGES = {
 LR_END = 1e-5                       # where the cosine schedule ends
 
 # A small network learns with larger steps, and a laptop affords fewer of them. "pretrain" stands in for
-# CogVideoX-5B: 3-second clips, layer "local", trained once and shared by all layers. It is not part of the paper's
-# recipe, so it may use Muon, which learns faster than AdamW here.
+# CogVideoX-5B: 3-second clips, layer "local", shared by all layers; its weights ship in assets/. It is not part of the
+# paper's recipe, so it may use Muon, which learns faster than AdamW here.
 POCKET_STAGES = {
-    "pretrain": Stage(1, 900, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
-    "3s": Stage(1, 200, 8, 2e-3, 1e-3, "cosine", "cosine", everything=True),
-    "9s": Stage(3, 240, 4, 5e-4, 5e-4),
-    "18s": Stage(6, 120, 2, 5e-4, 5e-4),
-    "30s": Stage(10, 60, 2, 5e-4, 5e-4),
-    "63s": Stage(21, 60, 1, 5e-4, 5e-4),
+    "pretrain": Stage(1, 4000, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
+    "3s": Stage(1, 160, 8, 2e-3, 5e-4, "cosine", "cosine", everything=True),
+    "9s": Stage(3, 340, 4, 1e-3, 5e-4, "cosine", "cosine"),
+    "18s": Stage(6, 200, 2, 5e-4, 2e-4, "cosine", "cosine"),
+    "30s": Stage(10, 120, 2, 5e-4, 2e-4, "cosine", "cosine"),
+    "63s": Stage(21, 240, 1, 5e-4, 2e-4, "cosine", "cosine"),
 }
 STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | STAGES
 
@@ -198,13 +198,13 @@ def rope_table(grid, width, theta, device):
     widths = width // 4, 3 * width // 8, 3 * width // 8
     angles = []
     for axis, length in enumerate(grid):
-        frequency = theta ** -(torch.arange(0, widths[axis], 2, device=device).float() / widths[axis])
-        angle = torch.arange(length, device=device).float()[:, None] * frequency      # [length, widths/2]
+        frequency = theta ** -(torch.arange(0, widths[axis], 2).float() / widths[axis])
+        angle = torch.arange(length).float()[:, None] * frequency                     # [length, widths/2]
         shape = [1, 1, 1, -1]
         shape[axis] = length
         angles.append(angle.reshape(shape).expand(*grid, -1))
     angle = torch.cat(angles, dim=-1).flatten(0, 2)                                   # [t h w, F/2]
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.polar(torch.ones_like(angle), angle).to(device)
 
 
 def rotate(x, table):
@@ -772,7 +772,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.codec = None           # id of the codec whose latents it is trained on
+        self.encoders = {}          # ids of the codec and the text encoder whose numbers it is trained on
         pixels = config.channels * config.patch ** 2
         self.patch_in = nn.Linear(pixels, config.dim)
         self.text_in = nn.Linear(config.text_dim, config.dim)
@@ -874,16 +874,23 @@ def lr_at(step, steps, peak, schedule, config):
     return LR_END + (peak - LR_END) * (1 + math.cos(math.pi * progress)) / 2
 
 
+ASSETS = Path(__file__).parent / "assets"
+
+
+def layer_of(config, name):
+    """All layers share one pretrain."""
+    return "local" if name == "pretrain" else config.layer
+
+
 def run_folder(out_dir, config, name):
-    """Where a stage is written: OUT_DIR/PRESET-LAYER/STAGE. All layers share one pretrain."""
-    layer = "local" if name == "pretrain" else config.layer
+    """Where a stage is written: OUT_DIR/PRESET-LAYER/STAGE."""
     seed = f"-seed{config.seed}" if config.seed else ""
-    return Path(out_dir) / f"{config.preset}-{layer}{seed}" / name
+    return Path(out_dir) / f"{config.preset}-{layer_of(config, name)}{seed}" / name
 
 
 def save_model(model, path, **manifest):
     """Write what sampling needs, config included, in one file."""
-    manifest = dict(manifest, codec=model.codec, config=dataclasses.asdict(model.config))
+    manifest = dict(manifest, encoders=model.encoders, config=dataclasses.asdict(model.config))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"ttt_minute": json.dumps(manifest)})
@@ -904,23 +911,36 @@ def read_checkpoint(path):
     return tensors, manifest
 
 
-SHAPE = "channels height width text_dim depth heads head_width time_dim patch".split()
+SHARED = "preset channels height width text_dim depth heads head_width time_dim patch snr_shift".split()
+
+
+def difference(saved, config):
+    """What keeps weights made with one config from fitting another, in words; None if nothing does."""
+    if saved["layer"] not in (config["layer"], "local"):
+        return f'layer "{saved["layer"]}", this run has "{config["layer"]}"'
+    return next((f"{field} {saved[field]}, this run has {config[field]}" for field in SHARED if saved[field] != config[field]), None)
 
 
 def check_config(path, saved, config):
-    """A checkpoint of another preset, layer or shape is an error that names the difference."""
-    layers = {config["layer"], "local"}
-    if saved["layer"] not in layers:
-        raise UserError(f'{path} was trained with layer "{saved["layer"]}", this run has "{config["layer"]}"')
-    for field in ["preset"] + SHAPE:
-        if saved[field] != config[field]:
-            raise UserError(f"{path} was trained with {field} {saved[field]}, this run has {config[field]}")
+    if found := difference(saved, config):
+        raise UserError(f"{path} was trained with {found}")
 
 
-def load_weights(model, path):
+def find_checkpoint(out_dir, config, name):
+    """The file of a trained stage: one in OUT_DIR, else one that ships in assets/ and fits; None if there is neither."""
+    own = run_folder(out_dir, config, name) / "model.safetensors"
+    if own.exists():
+        return own
+    shipped = ASSETS / f"{config.preset}-{layer_of(config, name)}-{name}.safetensors"
+    fits = shipped.exists() and not difference(read_checkpoint(shipped)[1]["config"], dataclasses.asdict(config))
+    return shipped if fits else None
+
+
+def load_weights(model, path, encoders):
     """Start from an earlier stage. A `local` checkpoint leaves the new parameters as they are initialised."""
     tensors, manifest = read_checkpoint(path)
     check_config(path, manifest["config"], dataclasses.asdict(model.config))
+    dataset.check_encoders(path, manifest["encoders"], encoders, "train that stage again with --overwrite")
     missing, extra = model.load_state_dict(tensors, strict=False)
     missing = [name for name in missing if not (manifest["config"]["layer"] == "local" and is_new(name))]
     if missing or extra:
@@ -933,7 +953,7 @@ def load_checkpoint(path):
     known = {field.name for field in dataclasses.fields(Config)}
     model = DiT(Config(**{name: value for name, value in manifest["config"].items() if name in known}))
     model.load_state_dict(tensors)
-    model.codec = manifest["codec"]
+    model.encoders = manifest["encoders"]
     return model
 
 
@@ -960,6 +980,7 @@ def load_state(folder, model, optimizers, manifest):
     path = saved_states(folder)[-1] / "state.safetensors"
     tensors, saved = read_checkpoint(path)
     check_config(path, saved["config"], manifest["config"])
+    dataset.check_encoders(path, saved["encoders"], manifest["encoders"], "start the stage again with --overwrite")
     for key in ("batch", "steps"):
         if saved[key] != manifest[key]:
             raise UserError(f"{path} was made by a run with {key} {saved[key]}, this one has {manifest[key]}; resume with the same flags")
@@ -997,7 +1018,7 @@ def train(model, name, stage, runs, folder, save_every):
     optimizers = make_optimizers(model, stage, config)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trainable = [parameter for group in groups for parameter in group["params"]]
-    manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch)
+    manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch, encoders=runs.encoders)
     first = load_state(folder, model, optimizers, manifest) if saved_states(folder) else 0
     tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
     log = open_log(folder / "log.jsonl", first)
@@ -1038,7 +1059,7 @@ def train(model, name, stage, runs, folder, save_every):
             raise KeyboardInterrupt
     log.close()
     signal.signal(signal.SIGINT, old_handler)
-    model.codec = runs.index["codec"]
+    model.encoders = runs.encoders
     save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps)
 
 
@@ -1109,7 +1130,7 @@ def seconds_a_token(config, device, batch=8):
     return min(times) / (batch * Layout(1, config.text_len, config.grid(1)).tokens)
 
 
-def print_plan(config, stages, todo, device, episodes):
+def print_plan(config, stages, todo, start, device, episodes):
     minutes = lambda seconds: f"{seconds / 60:7.1f} min" if seconds == seconds else f"{'not known':>11}"
     print(f"{config.preset}, layer {config.layer}, on {device} with {torch.get_num_threads()} threads. Paper's numbers in brackets (Table 2).\n")
     print(f"{'stage':<9} {'segments':>8} {'tokens':>8} {'steps x batch':>22} {'lr of new / rest':>36} {'expected':>9}")
@@ -1119,7 +1140,7 @@ def print_plan(config, stages, todo, device, episodes):
     rate = {}
     for name in todo:
         stage, paper = stages[name], STAGES[name]
-        own = dataclasses.replace(config, layer="local") if name == "pretrain" else config
+        own = dataclasses.replace(config, layer=layer_of(config, name))
         if own.layer not in rate:
             rate[own.layer] = seconds_a_token(own, device) if config.preset == "pocket" else math.nan
         tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
@@ -1130,11 +1151,13 @@ def print_plan(config, stages, todo, device, episodes):
         lr = f"{stage.lr_new:.0e} / {stage.lr_rest:.0e}" + (f" ({paper.lr_new:.0e} / {paper.lr_rest:.0e})" if known else "")
         print(f"{name:<9} {stage.segments:>8} {tokens:>8} {steps:>22} {lr:>36} {minutes(seconds)}")
     print(f"{'in all':<87} {minutes(total)}\n")
+    if start:
+        print(f"starts from {start}\n")
 
 
-def open_runs(data, segments, config, codec):
+def open_runs(data, segments, config, encoders):
     """The training videos, if they fit this run."""
-    runs = dataset.Runs(data, segments, codec.id)
+    runs = dataset.Runs(data, segments, encoders)
     made = runs.index["latents"] + runs.index["text"]
     wanted = [13, config.channels, config.height, config.width, config.text_len, config.text_dim]
     if made != wanted:
@@ -1156,6 +1179,7 @@ def main():
     parser.add_argument("--batch_size", type=int, help="videos a step, in place of the preset's")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="save what --resume needs every so many steps (default 100)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--init_from", metavar="FILE", help="weights to start the stage from, in place of the stage before it")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted stage")
     parser.add_argument("--overwrite", action="store_true", help="train the stage again")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
@@ -1174,12 +1198,23 @@ def main():
         raise UserError(f"--stage {args.stage}: preset {config.preset} has the stages {', '.join(stages)}")
     chain = list(stages)[:list(stages).index(args.stage) + 1]
     folders = {name: run_folder(args.out_dir, config, name) for name in chain}
-    done = [name for name in chain if (folders[name] / "model.safetensors").exists() and not (args.overwrite and name == args.stage)]
-    todo = chain[chain.index(done[-1]) + 1:] if done else chain                          # nothing before a trained stage is needed
+    start, todo = None, []                                    # the weights to start from, and the stages to train
+    if (folders[args.stage] / "model.safetensors").exists() and not args.overwrite:
+        if args.init_from:
+            raise UserError(f"--init_from {args.init_from}: stage {args.stage} is already trained; add --overwrite to train it again")
+        start = folders[args.stage] / "model.safetensors"
+    elif args.init_from:
+        start, todo = Path(args.init_from), [args.stage]
+    else:
+        for name in reversed(chain):
+            start = None if name == args.stage else find_checkpoint(args.out_dir, config, name)
+            if start:
+                break
+            todo.insert(0, name)
     data = Path(args.data) if args.data else Path(args.out_dir) / "pocket-world" / "latents"
     episodes = 0 if args.data or (data / "index.json").exists() or not todo else args.episodes
     if args.dry_run:
-        return print_plan(config, stages, todo or chain, device, episodes)
+        return print_plan(config, stages, todo or chain, start, device, episodes)
 
     if config.preset != "pocket":
         raise UserError(f"preset {config.preset} starts from the weights of CogVideoX, which this version cannot read yet; --dry_run prints its plan")
@@ -1187,31 +1222,33 @@ def main():
         if saved_states(folders[name]) and not args.resume and not (args.overwrite and name == args.stage):
             raise UserError(f"stage {name} was interrupted; add --resume to go on, or --overwrite to start it again")
     import sample
-    codec = dataset.PocketCodec()
+    codec, text_encoder = dataset.PocketCodec(), dataset.PocketText(config.text_len, config.text_dim)
+    encoders = dataset.encoder_ids(codec, text_encoder)
     if todo and args.data:
-        open_runs(data, stages[args.stage].segments, config, codec)                      # a mistake should show before hours of work
+        open_runs(data, stages[args.stage].segments, config, encoders)                   # a mistake should show before hours of work
     if todo:
-        print_plan(config, stages, todo, device, episodes)
+        print_plan(config, stages, todo, start, device, episodes)
     if episodes:
         videos = data.parent / "videos"
         dataset.render_world(videos, episodes)
-        dataset.ingest(videos, data, codec, dataset.PocketText(config.text_len, config.text_dim))
+        dataset.ingest(videos, data, codec, text_encoder)
 
     for name in todo:
         stage, folder = stages[name], folders[name]
-        runs = open_runs(data, stage.segments, config, codec)
+        runs = open_runs(data, stage.segments, config, encoders)
         torch.manual_seed(config.seed)
-        model = DiT(dataclasses.replace(config, layer="local") if name == "pretrain" else config).to(device)
-        if name != chain[0]:
-            load_weights(model, folders[chain[chain.index(name) - 1]] / "model.safetensors")
+        model = DiT(dataclasses.replace(config, layer=layer_of(config, name))).to(device)
+        if start:
+            load_weights(model, start, encoders)
         if args.overwrite and name == args.stage:
             shutil.rmtree(folder, ignore_errors=True)
         train(model, name, stage, runs, folder, args.checkpoint_every)
+        start = folder / "model.safetensors"
         sample.plot_loss(folder)
         sample.show_stage(model, folder, stage.segments, device)
     if not todo:
         print(f"stage {args.stage} is already trained ({folders[args.stage]}); --overwrite trains it again")
-        model = load_checkpoint(folders[args.stage] / "model.safetensors").to(device)
+        model = load_checkpoint(start).to(device)
         sample.show_stage(model, folders[args.stage], stages[args.stage].segments, device)
     print(f"done: {folders[args.stage]} holds {', '.join(sorted(path.name for path in folders[args.stage].iterdir()))}")
 
