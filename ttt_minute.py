@@ -149,7 +149,7 @@ LR_END = 1e-5                       # where the cosine schedule ends
 POCKET_STAGES = {
     "pretrain": Stage(1, 4000, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
     "3s": Stage(1, 160, 8, 2e-3, 5e-4, "cosine", "cosine", everything=True),
-    "9s": Stage(3, 340, 4, 1e-3, 5e-4, "cosine", "cosine"),
+    "9s": Stage(3, 560, 4, 1e-3, 5e-4, "cosine", "cosine"),
     "18s": Stage(6, 200, 2, 5e-4, 2e-4, "cosine", "cosine"),
     "30s": Stage(10, 120, 2, 5e-4, 2e-4, "cosine", "cosine"),
     "63s": Stage(21, 240, 1, 5e-4, 2e-4, "cosine", "cosine"),
