@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import dataset
 from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
-from ttt_minute import LAYERS, PRESETS, STAGES, Config, alphas_cumprod, find_checkpoint, load_checkpoint, pick_device, run_folder, save_model
+from ttt_minute import (LAYERS, PRESETS, STAGES, Config, alphas_cumprod, find_checkpoint, load_checkpoint, pick_device,
+                        run_folder, save_model)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Diffusion backwards (appendix A)
@@ -147,7 +148,8 @@ def held_out(segments, seed=0):
 def encoders_of(model):
     """The codec and the text encoder a model was trained with, or a UserError: others would give a wrong video without a word."""
     codec, text_encoder = dataset.PocketCodec(), dataset.PocketText(model.config.text_len, model.config.text_dim)
-    dataset.check_encoders("the checkpoint", model.encoders, dataset.encoder_ids(codec, text_encoder), "train the stage again with --overwrite")
+    ids = dataset.encoder_ids(codec, text_encoder)
+    dataset.check_encoders("the checkpoint", model.encoders, ids, "train the stage again with --overwrite")
     return codec, text_encoder
 
 
@@ -176,7 +178,8 @@ def main():
     parser.add_argument("--out_dir", default="out", help="where runs were written (default out)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the held-out storyboard")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"), help="guidance at the first and the last step (default 1 4)")
+    parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"),
+                        help="guidance at the first and the last step (default 1 4)")
     parser.add_argument("--negative", help="what to move away from, for segments whose storyboard names nothing")
     parser.add_argument("--export", metavar="FILE", help="write the stage's weights in half precision instead, as the files in assets/ are")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")

@@ -563,6 +563,28 @@ def test_learning_rates_warm_up_and_the_new_ones_fall_along_a_cosine():
     assert {lr(step, "constant") for step in (20, 500, 999)} == {1e-4}
 
 
+def test_attention_is_brought_to_unit_scale_without_changing_the_network():
+    torch.manual_seed(0)
+    model = DiT(dataclasses.replace(TINY, layer="local"))
+    latents, text = random_latents(TINY, 2)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    before = model(latents, text, torch.tensor([500]))
+    ttt_minute.unit_attention(model)
+    assert relative(model(latents, text, torch.tensor([500])), before) < 1e-5
+    for block in model.blocks:
+        assert abs((block.attention.out.weight @ block.attention.qkv[2].weight).square().sum() / TINY.dim - 1) < 1e-4
+
+
+def test_small_batches_see_all_noise_levels_equally_often(world):
+    runs, stage = dataset.Runs(world, 1), Stage(1, 100, 4, 0, 0)
+    t = torch.cat([ttt_minute.draw(runs, stage, Config(), "3s", step)[2] for step in range(25)])
+    assert t.min() >= 0 and t.max() < 1000
+    assert torch.histc(t.float(), bins=10, min=0, max=1000).sub(10).abs().max() <= 2
+    other = torch.cat([ttt_minute.draw(runs, stage, Config(seed=1), "3s", step)[2] for step in range(25)])
+    assert not torch.equal(t, other)
+
+
 def test_a_tiny_model_learns_eight_clips_by_heart():
     torch.manual_seed(0)
     model = DiT(TINY)

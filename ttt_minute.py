@@ -89,6 +89,7 @@ class Config:
     eta_mlp: float = 6.0            # eta_base of TTT-MLP
     eta_linear: float = 1.0         # eta_base of TTT-Linear
     ttt_std: float = 0.2            # standard deviation of the initial W1 and W2
+    ttt_proj_std: float = 0.09      # of the linear maps around the scan: 1/sqrt(D), as the paper's 0.02 is at D = 3072
     ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
     scan_checkpoint: int = 4        # the backward pass of the scan keeps W every so many mini-batches
     gate_init: float = 0.1          # alpha and beta at the start (eq 6)
@@ -110,11 +111,12 @@ class Config:
         return 12 * segments + 1, self.height // self.patch, self.width // self.patch
 
 
-PAPER = dict(mini_batch=64, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, snr_shift=1.0)
+PAPER = dict(mini_batch=64, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, ttt_proj_std=0.02, snr_shift=1.0)
 
 PRESETS = {
     "pocket": dict(),
-    "small": dict(height=32, width=48, text_len=64, depth=12, heads=8, head_width=64, time_dim=512, ttt_std=0.05, eta_mlp=1.0, mini_batch=64),
+    "small": dict(height=32, width=48, text_len=64, depth=12, heads=8, head_width=64, time_dim=512,
+                  ttt_std=0.05, ttt_proj_std=0.04, eta_mlp=1.0, mini_batch=64),
     "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64, time_dim=512, **PAPER),
 }
 
@@ -545,7 +547,8 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     if backend not in SCAN_BACKENDS:
         raise ValueError(f'ttt_scan: no backend "{backend}"; there are auto, {", ".join(SCAN_BACKENDS)}')
     B, H, L, width = q.shape
-    expected = [(H, width, width), (H, width)] if kind == "linear" else [(H, width, 4 * width), (H, 4 * width), (H, 4 * width, width), (H, width)]
+    E = width if kind == "linear" else 4 * width
+    expected = [(H, width, E), (H, E), (H, E, width), (H, width)][:2 if kind == "linear" else 4]
     shapes = [tuple(w.shape[-len(e):]) for w, e in zip(weights, expected)]
     if len(weights) != len(expected) or shapes != expected or not L or min(mini_batch, checkpoint) < 1:
         raise ValueError(f"ttt_scan: {kind} weights for q {tuple(q.shape)} have shapes {expected}, not {[tuple(w.shape) for w in weights]}")
@@ -611,7 +614,7 @@ class TTT(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.out = nn.Linear(D, D)
         for linear in (*self.qkv, self.eta, self.out):
-            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.normal_(linear.weight, std=config.ttt_proj_std)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x, layout):
@@ -787,7 +790,8 @@ class DiT(nn.Module):
         config, S = self.config, text.shape[1]
         layout = Layout(S, text.shape[2], config.grid(S))
         if latents.shape[1:] != (layout.grid[0], config.channels, config.height, config.width):
-            raise ValueError(f"{S} segments need latents [B, {layout.grid[0]}, {config.channels}, {config.height}, {config.width}], not {list(latents.shape)}")
+            raise ValueError(f"{S} segments need latents [B, {layout.grid[0]}, {config.channels}, {config.height}, {config.width}], "
+                             f"not {list(latents.shape)}")
         p = config.patch
         video = self.patch_in(rearrange(latents, "B T C (h p) (w q) -> B (T h w) (C p q)", p=p, q=p))
         words = self.text_in(rearrange(text, "B S N d -> B (S N) d"))
@@ -861,6 +865,20 @@ def make_optimizers(model, stage, config):
         group = dict(params=matrices, peak=stage.lr_muon, schedule=stage.schedule_rest, new=False)
         optimizers.append(torch.optim.Muon([group], lr=0.0, weight_decay=config.weight_decay))
     return optimizers
+
+
+@torch.no_grad()
+def unit_attention(model):
+    """The same function with attention outputs near 1. Muon's steps have no scale: attention grew to hundreds while adaLN's
+    gate shrank, and beside hundreds a TTT layer behind its gate of 0.1 would be nothing."""
+    for block in model.blocks:
+        v, out, norm = block.attention.qkv[2], block.attention.out, block.norm_1.linear
+        scale = (out.weight @ v.weight).norm() / model.config.dim ** 0.5
+        for parameter, factor in (v.weight, scale.sqrt()), (v.bias, scale.sqrt()), (out.weight, scale.sqrt()), (out.bias, scale):
+            parameter /= factor
+        for parameter in norm.parameters():
+            gates = rearrange(parameter, "(two three D) ... -> two three D ...", two=2, three=3)[:, 2]
+            gates *= scale
 
 
 def lr_at(step, steps, peak, schedule, config):
@@ -993,20 +1011,30 @@ def load_state(folder, model, optimizers, manifest):
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            optimizer.state[parameter] = {key: x if key == "step" else x.to(parameter.device) for key, x in states[names[parameter]].items()}
+            optimizer.state[parameter] = {key: x if key == "step" else x.to(parameter.device)
+                                          for key, x in states[names[parameter]].items()}
     return saved["step"]
+
+
+GOLDEN = (5 ** 0.5 - 1) / 2
 
 
 def draw(runs, stage, config, name, step):
     """The batch of a step: latents, text, t, noise. Seed, stage and step decide everything, so a resumed run needs no
-    random state: it draws what the undisturbed run would have drawn."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + list(STAGES).index(name) * 100_003 + step)
+    random state: it draws what the undisturbed run would have drawn.
+
+    DIFF: t is uniform in 0 .. 999 as in the paper, but the t of successive samples are a golden section apart, so that
+    small batches see all noise levels equally often and the loss is less noisy (after Kingma et al., 2107.00630).
+    """
+    seed = config.seed * 1_000_003 + list(STAGES).index(name) * 100_003
+    offset = torch.rand((), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + step)
     items = torch.randint(len(runs), (stage.batch,), generator=generator)
     latents, text = runs.batch(items.tolist())
-    t = torch.randint(1000, (stage.batch,), generator=generator)
+    t = (offset + GOLDEN * (step * stage.batch + torch.arange(stage.batch, dtype=torch.float64))) % 1
     noise = torch.randn(latents.shape, generator=generator)
     keep = torch.rand(stage.batch, generator=generator) >= config.text_dropout
-    return latents, text * keep[:, None, None, None], t, noise
+    return latents, text * keep[:, None, None, None], (1000 * t).long(), noise
 
 
 def train(model, name, stage, runs, folder, save_every):
@@ -1060,6 +1088,8 @@ def train(model, name, stage, runs, folder, save_every):
     log.close()
     signal.signal(signal.SIGINT, old_handler)
     model.encoders = runs.encoders
+    if stage.lr_muon:
+        unit_attention(model)
     save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps)
 
 
@@ -1089,7 +1119,8 @@ def add_config_flags(parser):
     group = parser.add_argument_group("every field of Config is a flag too; the preset's value stands unless given")
     for field in dataclasses.fields(Config):
         choices = {"preset": list(PRESETS), "layer": list(LAYERS), "backend": ["auto", *SCAN_BACKENDS]}.get(field.name)
-        group.add_argument(f"--{field.name}", type=type(field.default), choices=choices, metavar=None if choices else type(field.default).__name__,
+        kind = type(field.default)
+        group.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__,
                            help=f"pocket: {field.default}")
 
 
@@ -1102,7 +1133,7 @@ def config_from(args):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1 is needed")
     if config.head_width % 16:
-        raise UserError(f"--head_width {config.head_width}: RoPE turns a quarter and three eighths of it in pairs, so it must be a multiple of 16")
+        raise UserError(f"--head_width {config.head_width}: must be a multiple of 16, since RoPE turns eighths of it in pairs")
     if config.height % config.patch or config.width % config.patch:
         raise UserError(f"--patch {config.patch} does not divide latents of {config.height} x {config.width}")
     return config
@@ -1132,7 +1163,8 @@ def seconds_a_token(config, device, batch=8):
 
 def print_plan(config, stages, todo, start, device, episodes):
     minutes = lambda seconds: f"{seconds / 60:7.1f} min" if seconds == seconds else f"{'not known':>11}"
-    print(f"{config.preset}, layer {config.layer}, on {device} with {torch.get_num_threads()} threads. Paper's numbers in brackets (Table 2).\n")
+    print(f"{config.preset}, layer {config.layer}, on {device} with {torch.get_num_threads()} threads."
+          " Paper's numbers in brackets (Table 2).\n")
     print(f"{'stage':<9} {'segments':>8} {'tokens':>8} {'steps x batch':>22} {'lr of new / rest':>36} {'expected':>9}")
     if episodes:
         print(f"{'world':<9} {f'{episodes} episodes of a minute: render, encode':<76} {minutes(WORLD_SECONDS * episodes)}")
@@ -1163,6 +1195,22 @@ def open_runs(data, segments, config, encoders):
     if made != wanted:
         raise UserError(f"{data} holds latents and texts of sizes {made}, this run wants {wanted}; ingest the videos again")
     return runs
+
+
+def find_start(args, config, chain):
+    """The weights to start from, and the stages of the chain to train: those after the nearest trained one."""
+    own = run_folder(args.out_dir, config, args.stage) / "model.safetensors"
+    if own.exists() and not args.overwrite:
+        if args.init_from:
+            raise UserError(f"--init_from {args.init_from}: stage {args.stage} is already trained; add --overwrite to train it again")
+        return own, []
+    if args.init_from:
+        return Path(args.init_from), [args.stage]
+    for i in reversed(range(1, len(chain))):
+        start = find_checkpoint(args.out_dir, config, chain[i - 1])
+        if start:
+            return start, chain[i:]
+    return None, chain
 
 
 WORLD_SECONDS = 0.8                 # an episode of the pocket world on two cores, from drawing to latents
@@ -1198,26 +1246,15 @@ def main():
         raise UserError(f"--stage {args.stage}: preset {config.preset} has the stages {', '.join(stages)}")
     chain = list(stages)[:list(stages).index(args.stage) + 1]
     folders = {name: run_folder(args.out_dir, config, name) for name in chain}
-    start, todo = None, []                                    # the weights to start from, and the stages to train
-    if (folders[args.stage] / "model.safetensors").exists() and not args.overwrite:
-        if args.init_from:
-            raise UserError(f"--init_from {args.init_from}: stage {args.stage} is already trained; add --overwrite to train it again")
-        start = folders[args.stage] / "model.safetensors"
-    elif args.init_from:
-        start, todo = Path(args.init_from), [args.stage]
-    else:
-        for name in reversed(chain):
-            start = None if name == args.stage else find_checkpoint(args.out_dir, config, name)
-            if start:
-                break
-            todo.insert(0, name)
+    start, todo = find_start(args, config, chain)
     data = Path(args.data) if args.data else Path(args.out_dir) / "pocket-world" / "latents"
     episodes = 0 if args.data or (data / "index.json").exists() or not todo else args.episodes
     if args.dry_run:
         return print_plan(config, stages, todo or chain, start, device, episodes)
 
     if config.preset != "pocket":
-        raise UserError(f"preset {config.preset} starts from the weights of CogVideoX, which this version cannot read yet; --dry_run prints its plan")
+        raise UserError(f"preset {config.preset} starts from the weights of CogVideoX, which this version cannot read yet; "
+                        "--dry_run prints its plan")
     for name in todo:
         if saved_states(folders[name]) and not args.resume and not (args.overwrite and name == args.stage):
             raise UserError(f"stage {name} was interrupted; add --resume to go on, or --overwrite to start it again")
