@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -423,6 +423,115 @@ def test_the_layer_hands_the_scan_what_the_paper_says():
 
 
 # ----------------------------------------------------------------------------------------------------
+# CogVideoX, against diffusers (section 4.1)
+# ----------------------------------------------------------------------------------------------------
+
+
+def diffusers_cogvideox(folder, heads=2, head_width=16, depth=2, eps=1e-5, text_len=3, seed=0):
+    """A small CogVideoX with random weights, as diffusers makes and saves it."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers: the comparison with CogVideoX needs them")
+    torch.manual_seed(seed)
+    theirs = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=heads, attention_head_dim=head_width, num_layers=depth, norm_eps=eps, max_text_seq_length=text_len,
+        in_channels=4, out_channels=4, sample_height=4, sample_width=6, text_embed_dim=8, time_embed_dim=16,
+        use_rotary_positional_embeddings=True).eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@torch.no_grad()
+def run_diffusers(theirs, latents, text, t):
+    """v of diffusers' network: all texts one after the other, RoPE over the whole video."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    _, T, _, h, w = latents.shape
+    rope = get_3d_rotary_pos_embed(theirs.config.attention_head_dim, ((0, 0), (h // 2, w // 2)), (h // 2, w // 2), T)
+    return theirs(latents, rearrange(text, "B S N d -> B (S N) d"), t, image_rotary_emb=rope, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("layer", list(ttt_minute.LAYERS))
+@pytest.mark.parametrize("shape", [dict(), dict(heads=3, head_width=32, depth=1, eps=1e-6), dict(heads=1, head_width=64, depth=3, text_len=7)])
+def test_with_closed_gates_every_layer_is_cogvideox(layer, shape, tmp_path):
+    theirs = diffusers_cogvideox(tmp_path, **shape)
+    model = DiT.from_cogvideox(tmp_path, layer, gate_init=0.0, mini_batch=8)
+    for batch in 1, 2:
+        latents, text = random_latents(model.config, 1, batch)
+        t = torch.tensor([999, 20][:batch])
+        with torch.no_grad():
+            assert relative(model(latents, text, t), run_diffusers(theirs, latents, text, t)) < 1e-5
+
+
+def test_full_attention_is_cogvideox_on_all_segments_at_once(tmp_path):
+    theirs = diffusers_cogvideox(tmp_path)
+    model = DiT.from_cogvideox(tmp_path, "full")
+    latents, text = random_latents(model.config, 3, batch=2)
+    t = torch.tensor([700, 5])
+    with torch.no_grad():
+        assert relative(model(latents, text, t), run_diffusers(theirs, latents, text, t)) < 1e-5
+
+
+def test_the_comparison_with_diffusers_can_fail(tmp_path):
+    """Another RoPE base, the next timestep, one parameter moved: each shows."""
+    theirs = diffusers_cogvideox(tmp_path)
+    latents, text = random_latents(TINY, 1)
+    t = torch.tensor([500])
+    expected = run_diffusers(theirs, latents, text, t)
+    with torch.no_grad():
+        assert relative(DiT.from_cogvideox(tmp_path, "local", rope_theta=9000.0)(latents, text, t), expected) > 1e-5
+        assert relative(DiT.from_cogvideox(tmp_path, "local")(latents, text, t + 1), expected) > 1e-5
+        model = DiT.from_cogvideox(tmp_path, "local")
+        for name, parameter in model.named_parameters():
+            old = parameter.clone()
+            parameter.view(-1)[0] += 0.5
+            changed = relative(model(latents, text, t), expected)
+            parameter.copy_(old)
+            assert changed > 1e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000])
+def test_weights_return_to_diffusers_bit_for_bit(tmp_path, dtype, shard_bytes):
+    diffusers_cogvideox(tmp_path / "a").to(dtype).save_pretrained(tmp_path / "a" / "transformer", max_shard_size="30KB")
+    DiT.from_cogvideox(tmp_path / "a").save_cogvideox(tmp_path / "b", shard_bytes)
+    import diffusers
+    one, two = (diffusers.CogVideoXTransformer3DModel.from_pretrained(path, torch_dtype=dtype).state_dict()
+                for path in (tmp_path / "a" / "transformer", tmp_path / "b"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) and two[name].dtype == dtype for name in one)
+    assert (len(list((tmp_path / "b").glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
+
+
+def test_a_cogvideox_folder_that_does_not_fit_is_named(tmp_path):
+    diffusers_cogvideox(tmp_path)
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    tensors, fields = load_file(weights), json.loads(config.read_text())
+
+    def refused(message, tensors=tensors, **changes):
+        save_file(tensors, weights, metadata={"format": "pt"})
+        config.write_text(json.dumps(fields | changes))
+        with pytest.raises(UserError, match=message):
+            DiT.from_cogvideox(tmp_path)
+
+    refused("patch_size_t is 2", patch_size_t=2)
+    refused("transformer_blocks.2.attn1.norm_k.bias is missing", num_layers=3)
+    refused("transformer_blocks.1.* is not part of this network", num_layers=1)
+    refused("proj_out.bias has shape", tensors | {"proj_out.bias": torch.zeros(3)})
+    refused("ofs.weight is not part", tensors | {"ofs.weight": torch.zeros(3)})
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="truncated or corrupt"):
+        DiT.from_cogvideox(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        DiT.from_cogvideox(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="is a pickle"):
+        DiT.from_cogvideox(tmp_path)
+    config.unlink()
+    with pytest.raises(UserError, match="config.json"):
+        DiT.from_cogvideox(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Diffusion (appendix A)
 # ----------------------------------------------------------------------------------------------------
 
@@ -470,6 +579,22 @@ def test_ddim_with_the_true_v_returns_x0(steps):
     assert asked[0] == 999 and len(asked) == steps
     if steps == 50:
         assert asked == list(range(999, 0, -20))
+
+
+@pytest.mark.parametrize("snr_shift", [1.0, 3.0])
+def test_schedule_and_sampler_are_those_of_diffusers(snr_shift):
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers: the comparison with CogVideoX needs them")
+    scheduler = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=snr_shift, beta_schedule="scaled_linear", prediction_type="v_prediction",
+                                                 timestep_spacing="trailing", rescale_betas_zero_snr=True, clip_sample=False)
+    assert torch.allclose(alphas_cumprod(snr_shift), scheduler.alphas_cumprod.double(), atol=1e-6)
+    model = DiT(dataclasses.replace(TINY, snr_shift=snr_shift))
+    latents, text = random_latents(TINY, 1)
+    scheduler.set_timesteps(10)
+    x = latents
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, text, t[None]), t, x, return_dict=False)[0]
+    assert relative(sample.ddim(model, latents, text, steps=10, guidance=(1.0, 1.0)), x) < 1e-5
 
 
 def test_guidance_rises_late_from_one_to_four():

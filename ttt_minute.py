@@ -152,9 +152,9 @@ POCKET_STAGES = {
     "pretrain": Stage(1, 4000, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
     "3s": Stage(1, 160, 8, 2e-3, 5e-4, "cosine", "cosine", everything=True),
     "9s": Stage(3, 560, 4, 1e-3, 5e-4, "cosine", "cosine"),
-    "18s": Stage(6, 200, 2, 5e-4, 2e-4, "cosine", "cosine"),
-    "30s": Stage(10, 120, 2, 5e-4, 2e-4, "cosine", "cosine"),
-    "63s": Stage(21, 240, 1, 5e-4, 2e-4, "cosine", "cosine"),
+    "18s": Stage(6, 240, 2, 5e-4, 2e-4, "cosine", "cosine"),
+    "30s": Stage(10, 160, 2, 5e-4, 2e-4, "cosine", "cosine"),
+    "63s": Stage(21, 320, 1, 5e-4, 2e-4, "cosine", "cosine"),
 }
 STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | STAGES
 
@@ -766,6 +766,70 @@ class Block(nn.Module):
         return x + gate * self.mlp(y)
 
 
+def is_new(name):
+    """The parameters that the pre-trained network does not have: global layers and their gates."""
+    return ".global_layer." in name
+
+
+# The names that diffusers gives to this network (CogVideoXTransformer3DModel): fields of its config.json, what they must be
+# where we have no choice, and parts of the names of tensors.
+COGVIDEOX_FILE = "diffusion_pytorch_model"
+COGVIDEOX_CONFIG = {"channels": "in_channels", "height": "sample_height", "width": "sample_width", "text_len": "max_text_seq_length",
+                    "text_dim": "text_embed_dim", "depth": "num_layers", "heads": "num_attention_heads", "head_width": "attention_head_dim",
+                    "time_dim": "time_embed_dim", "patch": "patch_size", "norm_eps": "norm_eps"}
+COGVIDEOX_FIXED = {"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": None, "use_rotary_positional_embeddings": True,
+                   "use_learned_positional_embeddings": False, "ofs_embed_dim": None, "flip_sin_to_cos": True, "freq_shift": 0,
+                   "attention_bias": True, "norm_elementwise_affine": True, "activation_fn": "gelu-approximate",
+                   "timestep_activation_fn": "silu", "temporal_compression_ratio": 4}
+COGVIDEOX_NAMES = {"blocks.": "transformer_blocks.", "norm_1": "norm1", "norm_2": "norm2", "attention.qkv.0": "attn1.to_q",
+                   "attention.qkv.1": "attn1.to_k", "attention.qkv.2": "attn1.to_v", "attention.out": "attn1.to_out.0",
+                   "attention.": "attn1.", "mlp.up": "ff.net.0.proj", "mlp.down": "ff.net.2", "patch_in": "patch_embed.proj",
+                   "text_in": "patch_embed.text_proj", "time.": "time_embedding.", "norm_out.": "norm_out.norm.",
+                   "modulate_out": "norm_out.linear", "patch_out": "proj_out"}
+
+
+def cogvideox_name(name):
+    """Our name of a tensor -> diffusers'."""
+    for ours, theirs in COGVIDEOX_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def cogvideox_config(folder, layer, overrides):
+    """The Config of a diffusers folder; UserError if its network is not the one of this file."""
+    path = folder / "config.json"
+    saved = dataset.read_json(dataset.read_text(path), path)
+    missing = [theirs for theirs in COGVIDEOX_CONFIG.values() if theirs not in saved]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing; this is not the folder of CogVideoX's transformer")
+    for field, value in COGVIDEOX_FIXED.items():
+        if saved.get(field, value) != value:
+            raise UserError(f"{path}: {field} is {saved[field]}, this network needs {value}")
+    fields = {ours: saved[theirs] for ours, theirs in COGVIDEOX_CONFIG.items()}
+    return Config(**{"preset": "5b", **PRESETS["5b"], **fields, "layer": layer, **overrides})
+
+
+def cogvideox_files(folder):
+    """Where each tensor of a diffusers folder lies, name -> path; UserError for pickles and missing or damaged files."""
+    index = folder / f"{COGVIDEOX_FILE}.safetensors.index.json"
+    shards = [f"{COGVIDEOX_FILE}.safetensors"]
+    if index.exists():
+        shards = sorted(set(dataset.read_json(dataset.read_text(index), index)["weight_map"].values()))
+    files = {}
+    for path in (folder / shard for shard in shards):
+        pickles = sorted(folder.glob("*.bin"))
+        if pickles and not path.exists():
+            raise UserError(f"{pickles[0]} is a pickle, which may run code when it is opened; convert it to safetensors")
+        try:
+            with safe_open(path, "pt") as file:
+                files |= {name: path for name in file.keys()}
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; download it") from None
+        except SafetensorError as error:
+            raise UserError(f"{path} is truncated or corrupt ({error}); download it again") from None
+    return files
+
+
 class DiT(nn.Module):
     """The diffusion transformer: (latents [B, T, C, h, w], text [B, S, N, text_dim], t int64 [B]) -> v [B, T, C, h, w].
 
@@ -775,6 +839,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.stored_dtype = torch.float32       # of the file its base weights were read from
         self.encoders = {}          # ids of the codec and the text encoder whose numbers it is trained on
         pixels = config.channels * config.patch ** 2
         self.patch_in = nn.Linear(pixels, config.dim)
@@ -805,6 +870,67 @@ class DiT(nn.Module):
         _, h, w = layout.grid
         return rearrange(video, "B (T h w) (C p q) -> B T C (h p) (w q)", h=h, w=w, p=p, q=p)
 
+    @classmethod
+    def from_cogvideox(cls, folder, layer="ttt_mlp", **overrides):
+        """CogVideoX's weights from a folder that diffusers wrote: the pipeline's, or its transformer/. Global layers and gates
+        start fresh. `overrides` are fields of Config. Raises UserError if the folder does not hold this network.
+
+        Tensors are read one by one, to fp32, so that no more memory is needed than the network takes.
+        """
+        folder = Path(folder)
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        config = cogvideox_config(folder, layer, overrides)
+        with torch.device("meta"):
+            model = cls(config)
+        ours = {cogvideox_name(name): name for name, _ in model.named_parameters() if not is_new(name)}
+        files = cogvideox_files(folder)
+        for names, what in (ours.keys() - files.keys(), "is missing"), (files.keys() - ours.keys(), "is not part of this network"):
+            if names:
+                raise UserError(f"{folder}: tensor {min(names)} {what} ({len(names)} such in all)")
+        for theirs, path in files.items():
+            with safe_open(path, "pt") as file:
+                tensor = file.get_tensor(theirs)
+            wanted = model.get_parameter(ours[theirs]).shape
+            if ours[theirs] == "patch_in.weight":             # a convolution there
+                tensor = tensor.flatten(1)
+            if tensor.shape != wanted:
+                raise UserError(f"{path}: tensor {theirs} has shape {list(tensor.shape)}, not {list(wanted)}")
+            module, _, name = ours[theirs].rpartition(".")
+            setattr(model.get_submodule(module), name, nn.Parameter(tensor.float()))
+        for block in model.blocks if LAYERS[layer] else ():
+            block.global_layer = BothDirections(config)
+        model.stored_dtype = tensor.dtype
+        return model
+
+    def save_cogvideox(self, folder, shard_bytes=5_000_000_000):
+        """The base network as diffusers writes and reads it, in the precision it was read in: config.json and safetensors."""
+        shards, size = [{}], 0
+        for name, tensor in self.state_dict().items():
+            if is_new(name):
+                continue
+            tensor = tensor.to("cpu", self.stored_dtype)
+            if name == "patch_in.weight":
+                tensor = rearrange(tensor, "D (C p q) -> D C p q", p=self.config.patch, q=self.config.patch)
+            if size + tensor.nbytes > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][cogvideox_name(name)] = tensor.contiguous()
+            size += tensor.nbytes
+        folder, count = Path(folder), len(shards)
+        names = [f"{COGVIDEOX_FILE}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        names = names if count > 1 else [f"{COGVIDEOX_FILE}.safetensors"]
+        fields = {theirs: getattr(self.config, ours) for ours, theirs in COGVIDEOX_CONFIG.items()}
+        texts = {"config.json": COGVIDEOX_FIXED | fields | {"out_channels": self.config.channels}}
+        if count > 1:
+            weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+            texts[f"{COGVIDEOX_FILE}.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
+        for name, shard in zip(names, shards):
+            with atomic(folder / name) as temporary:
+                save_file(shard, temporary, metadata={"format": "pt"})
+        for name, content in texts.items():
+            with atomic(folder / name) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n")
+
 
 # ----------------------------------------------------------------------------------------------------
 # 9. Diffusion
@@ -832,11 +958,6 @@ def diffusion_loss(model, latents, text, t, noise):
 # ----------------------------------------------------------------------------------------------------
 # 10. Training in stages (section 3.3, Table 2)
 # ----------------------------------------------------------------------------------------------------
-
-
-def is_new(name):
-    """The parameters that the pre-trained network does not have: global layers and their gates."""
-    return ".global_layer." in name
 
 
 def trains(name, stage):
