@@ -1102,7 +1102,8 @@ def bench():
                 def step():
                     out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], b, backend=backend, checkpoint=4)
                     out.sum().backward()
-                print(f"  TTT-{kind}, backend {backend:<48} {median_seconds(step):>8.3f} {scan_and_back(kind, weights, inputs, backend, b) / 1e6:>8.1f}")
+                peak = scan_and_back(kind, weights, inputs, backend, b) / 1e6
+                print(f"  {f'TTT-{kind}, backend {backend}':<64} {median_seconds(step):>8.3f} {peak:>8.1f}")
         print()
     print(f"{'training step of the pocket preset: 8 clips of 3 seconds':<66} {'seconds':>8}")
     for layer in "local", "full", "ttt_linear", "ttt_mlp":

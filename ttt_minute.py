@@ -27,7 +27,7 @@ Glossary: code (paper)
 Map
      1  Config, presets and stages        6  Attention inside a segment
      2  Parts                             7  (kept for the linear recurrences)
-     3  One sequence out of many segments 8  Gate, both directions, block, model
+     3  One sequence out of many segments 8  Gate, both directions, block, model, CogVideoX weights
      4  The inner loop (the heart)        9  Diffusion
      5  The TTT layer                    10  Training in stages, the command line
 """
