@@ -206,18 +206,22 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-def scan_and_back(kind, weights, inputs, backend, mini_batch, checkpoint=4):
-    """Forward and backward, as training does it; returns the peak memory in bytes, inputs not counted."""
+def scan_and_back(kind, weights, inputs, backend, mini_batch):
+    """Forward and backward, as training does it."""
     leaves = [x.detach().requires_grad_() for x in (*weights, *inputs)]
+    out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], mini_batch, backend=backend, checkpoint=4)
+    out.sum().backward()
+
+
+def peak_bytes(*scan):
     with PeakMemory() as memory:
-        out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], mini_batch, backend=backend, checkpoint=checkpoint)
-        out.sum().backward()
+        scan_and_back(*scan)
     return memory.peak
 
 
 def test_the_closed_form_backward_needs_less_than_half_of_the_memory_of_autograd_at_its_peak():
     weights, inputs = scan_inputs("mlp", B=1, H=4, L=1024, width=32, dtype=torch.float32, eta=0.01)
-    assert scan_and_back("mlp", weights, inputs, "torch", 32) < scan_and_back("mlp", weights, inputs, "autograd", 32) / 2
+    assert peak_bytes("mlp", weights, inputs, "torch", 32) < peak_bytes("mlp", weights, inputs, "autograd", 32) / 2
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1097,13 +1101,10 @@ def bench():
         print(f"{title:<66} {'seconds':>8} {'peak MB':>8}")
         for kind in "mlp", "linear":
             weights, inputs = scan_inputs(kind, B=B, H=H, L=L, width=width, dtype=torch.float32, std=0.02, eta=0.01)
-            leaves = [x.requires_grad_() for x in (*weights, *inputs)]
             for backend in "autograd", "dual", "torch":
-                def step():
-                    out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], b, backend=backend, checkpoint=4)
-                    out.sum().backward()
-                peak = scan_and_back(kind, weights, inputs, backend, b) / 1e6
-                print(f"  {f'TTT-{kind}, backend {backend}':<64} {median_seconds(step):>8.3f} {peak:>8.1f}")
+                scan = kind, weights, inputs, backend, b
+                seconds, peak = median_seconds(lambda: scan_and_back(*scan)), peak_bytes(*scan) / 1e6
+                print(f"  {f'TTT-{kind}, backend {backend}':<64} {seconds:>8.3f} {peak:>8.1f}")
         print()
     print(f"{'training step of the pocket preset: 8 clips of 3 seconds':<66} {'seconds':>8}")
     for layer in "local", "full", "ttt_linear", "ttt_mlp":
