@@ -3,6 +3,7 @@
     python dataset.py --render 8 --out videos            # episodes of the pocket world: NAME.mp4 with NAME.json
     python dataset.py --ingest videos --out data         # those, or your own videos, to latents and text embeddings
     python dataset.py --storyboard 7 --segments 3        # a storyboard that training never sees, to edit and to sample
+    python dataset.py --ingest videos --out data --vae COGVIDEOX --text_encoder COGVIDEOX      # by CogVideoX's VAE and T5
     python dataset.py --train_codec                      # makes assets/pocket_codec.safetensors again
 
 What ingestion reads: `NAME.mp4` (or anything ffmpeg reads) and beside it `NAME.json`, a list of scenes
@@ -12,17 +13,19 @@ What ingestion reads: `NAME.mp4` (or anything ffmpeg reads) and beside it `NAME.
 with times in seconds and one paragraph for every whole 3 seconds of the scene.
 
 What it writes: `NAME.safetensors` with `latents` float16 [S, 13, C, h, w] and `text` float16 [S, N, dim] (segment i: the
-latents of its 48 frames and the frame after them, the embedding of its paragraph), metadata beside them (format, codec,
-scale, text_encoder, source, fps, scenes), and one `index.json` that says what all files share and how long each one is.
+latents of its 48 frames and the frame after them, the embedding of its paragraph), with T5 also `marks` [2, dim], what the
+two scene marks were embedded as; metadata beside them (format, codec, scale, text_encoder, source, fps, scenes); and one
+`index.json` that says what all files share and how long each one is.
 
 | 1 | small shared things | errors, flags, atomic writes |
 | 2 | storyboards         | Format 3, the official JSON (3.2) |
 | 3 | the pocket world    | a cartoon with a ground truth |
 | 4 | the codec           | in place of the VAE, and how it was trained |
 | 5 | the text encoder    | in place of T5 |
-| 6 | real videos         | scenes -> 3-second segments -> latents (3.3) |
-| 7 | the loader          | runs of consecutive segments |
-| 8 | the command line    | |
+| 6 | CogVideoX's own two | VAE and T5, by diffusers and transformers (4.1) |
+| 7 | real videos         | scenes -> 3-second segments -> latents (3.3) |
+| 8 | the loader          | runs of consecutive segments |
+| 9 | the command line    | |
 
 Sections of the paper are those of arXiv 2504.05298v1.
 """
@@ -30,6 +33,7 @@ Sections of the paper are those of arXiv 2504.05298v1.
 import argparse
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -122,12 +126,13 @@ def atomic(path):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
-def in_parallel(work, items, what, unit):
-    """Calls `work(item)` for every item on two threads, with a progress bar; the first exception cancels the rest."""
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(work, item) for item in items]
+def in_parallel(work, items, what, unit, total=None, threads=2):
+    """Calls `work(item, advance)` for every item on threads, and `advance()` moves the progress bar on; the first exception
+    cancels the rest."""
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items) if total is None else total, desc=what, unit=unit) as bar:
+        jobs = [pool.submit(work, item, bar.update) for item in items]
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=what, unit=unit):
+            for job in as_completed(jobs):
                 job.result()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -674,7 +679,12 @@ def render_world(out, episodes, segments=21, seed=0):
     """Writes the episodes of seeds seed ... seed + episodes - 1 into the folder `out`; finished ones are kept."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    in_parallel(lambda number: write_episode(out, number, segments), range(seed, seed + episodes), "render", "episode")
+
+    def work(number, advance):
+        write_episode(out, number, segments)
+        advance()
+
+    in_parallel(work, range(seed, seed + episodes), "render", "episode")
 
 
 # 4. The codec -----------------------------------------------------------------------------------------------
@@ -720,10 +730,11 @@ class PocketCodec(nn.Module):
     It has seen nothing but the pocket world: other videos come out soft. `scale` is the one constant that brings
     latents to standard deviation 1, `id` a short hash of the weights. UserError when the weights are missing.
     """
-    height, width, channels, down_space, down_time = 64, 96, 16, 8, 4
+    channels, down_space, down_time, threads = 16, 8, 4, 2
 
-    def __init__(self, path=CODEC_FILE):
+    def __init__(self, path=CODEC_FILE, height=64, width=96):
         super().__init__()
+        self.height, self.width = height, width
         self.encoder = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(192, 96, 1), Residual(96, 48), down(96, 112),
                                      Residual(112, 48), nn.Conv2d(112, self.channels, 1))
         self.decoder = nn.Sequential(nn.Conv2d(self.channels, 112, 3, padding=1), Residual(112, 56), up(112, 64),
@@ -742,7 +753,7 @@ class PocketCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames, batch=16):
-        """uint8 frames [4 k + 1, 64, 96, 3], numpy or torch -> float32 latents [k + 1, 16, 8, 12]."""
+        """uint8 frames [4 k + 1, height, width, 3], numpy or torch -> float32 latents [k + 1, 16, height / 8, width / 8]."""
         frames = torch.as_tensor(frames)
         if frames.ndim != 4 or frames.shape[1:] != (self.height, self.width, 3) or len(frames) % self.down_time != 1:
             raise ValueError(f"frames must be [4 k + 1, {self.height}, {self.width}, 3], not {list(frames.shape)}")
@@ -753,10 +764,9 @@ class PocketCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents, batch=16):
-        """Latents [T, 16, 8, 12] -> uint8 frames [4 (T - 1) + 1, 64, 96, 3] as numpy."""
+        """Latents [T, 16, h, w] -> uint8 frames [4 (T - 1) + 1, 8 h, 8 w, 3] as numpy."""
         parts = [as_frames(self.decoder(part / self.scale)) for part in latents.float().split(batch)]
         return torch.cat(parts)[self.down_time - 1:].numpy()
-
 
 
 def codec_groups(seed, episodes):
@@ -766,7 +776,7 @@ def codec_groups(seed, episodes):
         render_world(folder, episodes, segments=6, seed=seed)
         for video in sorted(Path(folder).glob("*.mp4")):
             cuts, last = read_cuts(video.with_suffix(".json"))
-            frames = read_frames(video, PocketCodec.height, PocketCodec.width)
+            frames = read_frames(video, 64, 96)
             groups += [rearrange(segment[1:], "(k t) h w c -> k t h w c", t=PocketCodec.down_time)
                        for segment in cut_segments(frames, cuts, last, video.name)]
     return np.concatenate(groups)
@@ -859,10 +869,7 @@ class PocketText:
         """Paragraphs, one a segment -> float32 [S, N, dim], zeros after the last word; a longer one is cut, and named."""
         out = np.zeros((len(texts), self.length, self.dim), np.float32)
         for number, text in enumerate(texts, 1):
-            words = self.words(text)
-            if len(words) > self.length:
-                tqdm.write(f"warning: {where}, segment {number}: {len(words)} words, cut to {self.length}", file=sys.stderr)
-                words = words[:self.length - 1] + words[-1:]                  # keeps the end mark
+            words = cut_words(self.words(text), self.length, 1, f"{where}, segment {number}")
             memory = np.zeros(self.dim // 2, np.float32)
             for n, word in enumerate(words):
                 vector = word_vector(word, self.dim // 2)
@@ -871,7 +878,182 @@ class PocketText:
         return torch.from_numpy(out)
 
 
-# 6. Real videos: scenes, segments, latents (3.3) ------------------------------------------------------------
+# 6. CogVideoX's own codec and text encoder (4.1) -----------------------------------------------------------------
+
+
+def load_pretrained(library, name, folder, part, **settings):
+    """The class `name` of diffusers or transformers from a folder of CogVideoX's pipeline, or from its subfolder `part`.
+
+    Only safetensors are read, and nothing in them is executed. Raises UserError: library or folder missing, weights that
+    do not fill the network.
+    """
+    folder = Path(folder) / part if (Path(folder) / part).is_dir() else Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; download CogVideoX's {part} and name its folder")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no .safetensors here, the {part} of CogVideoX is wanted; other formats may run code, they are not read")
+    try:
+        kind = getattr(importlib.import_module(library), name)
+        model, found = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings)
+    except ImportError as error:
+        raise UserError(f"{library} reads the {part}, and is not installed ({error}): {INSTALL}") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: {library} cannot read this as a {part} ({first_line(error)})") from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{folder}: not the {part} of CogVideoX, tensor {missing[0]} is missing ({len(missing)} such in all)")
+    return model.eval().requires_grad_(False), folder
+
+
+INSTALL = "pip install diffusers transformers sentencepiece protobuf"
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def weights_id(folder):
+    """A short hash of the weights in a folder: length, beginning, middle and end of every file."""
+    digest, part = hashlib.sha256(), 1 << 20
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - part)):
+                file.seek(start)
+                digest.update(file.read(part))
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def on_device(model, device):
+    """Has the model on the device inside the block only: its memory is free for the DiT before and after."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
+
+
+class CogVideoXCodec:
+    """CogVideoX's VAE: 8 x 8 in space, 4 in time with the first frame alone, as diffusers has it.
+
+    `scale` multiplies its latents: the VAE's own scaling_factor (0.7 at 5B) unless given; the paper trains with 1.0. Frames are
+    `height` x `width`, the VAE's own sample size unless given. In bf16 on a GPU.
+    """
+    down_time, threads = 4, 1
+
+    def __init__(self, folder, height=None, width=None, scale=None, device="cpu"):
+        self.device = torch.device(device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.vae, folder = load_pretrained("diffusers", "AutoencoderKLCogVideoX", folder, "vae", torch_dtype=dtype)
+        self.dtype, config = dtype, self.vae.config
+        self.height, self.width = height or config.sample_height, width or config.sample_width
+        self.channels, self.down_space = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+        self.scale = float(config.scaling_factor if scale is None else scale)
+        self.id = f"cogvideox-vae-{weights_id(folder)}-scale-{self.scale:g}"
+        print(f"VAE {folder}: latents times {self.scale:g} ({'its own scaling_factor' if scale is None else '--vae_scale'})")
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """uint8 frames [4 k + 1, height, width, 3], numpy or torch -> float32 latents [k + 1, C, h, w], the VAE's mean."""
+        pixels = rearrange(torch.as_tensor(frames), "t h w c -> 1 c t h w").to(self.device, self.dtype) / 127.5 - 1
+        with on_device(self.vae, self.device):
+            latents = self.vae.encode(pixels).latent_dist.mode()
+        return rearrange(latents, "1 C t h w -> t C h w").float().cpu() * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents [T, C, h, w] -> uint8 frames [4 (T - 1) + 1, height, width, 3] as numpy; the VAE takes two latents at a time."""
+        latents = rearrange(latents / self.scale, "t C h w -> 1 C t h w").to(self.device, self.dtype)
+        with on_device(self.vae, self.device):
+            pixels = self.vae.decode(latents).sample[0]
+        return torch.stack([rearrange(frame.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8), "c h w -> h w c").cpu()
+                            for frame in pixels.unbind(1)]).numpy()
+
+
+class T5Words:
+    """T5's tokenizer with the two scene marks, from the folder of CogVideoX, of T5's weights, or its own."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        places = folder / "tokenizer", folder.parent / "tokenizer", folder
+        folder = next(path for path in places if path.is_dir() or path == folder)
+        if not any((folder / name).exists() for name in ("spiece.model", "tokenizer.json")):     # transformers would make an empty one
+            raise UserError(f"{folder}: T5's tokenizer is not here; its folder holds spiece.model or tokenizer.json")
+        try:
+            from transformers import AutoTokenizer
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ImportError as error:
+            raise UserError(f"T5's tokenizer needs packages that are not installed ({first_line(error)}): {INSTALL}") from None
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{folder}: transformers cannot read T5's tokenizer here ({first_line(error)}); {INSTALL}") from None
+        self.tokenizer.add_tokens([START, END], special_tokens=True)
+
+    def words(self, text):
+        """The tokens of a paragraph as ids, the end of the text among them."""
+        return self.tokenizer(text)["input_ids"]
+
+
+class T5Text(T5Words):
+    """CogVideoX's text encoder, T5, as transformers has it: one paragraph a segment, padded to `length` tokens.
+
+    The scene marks are two new tokens, `marks` [2, dim] their embeddings: normal numbers from a fixed seed, as large as T5's own.
+    As in CogVideoX padding is attended.
+    """
+
+    def __init__(self, folder, length=226, device="cpu"):
+        super().__init__(folder)
+        self.model, part = load_pretrained("transformers", "T5EncoderModel", folder, "text_encoder", dtype="auto")
+        self.length, self.dim, self.device = length, self.model.config.d_model, device
+        words = self.model.get_input_embeddings().weight
+        ids = self.tokenizer.convert_tokens_to_ids([START, END])
+        if max(ids) >= len(words):
+            self.model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        self.marks = torch.randn(2, self.dim, generator=torch.Generator().manual_seed(0)) * words.float().std()
+        self.model.get_input_embeddings().weight.data[ids] = self.marks.to(words.dtype)
+        self.id = f"t5-{weights_id(part)}-{length}x{self.dim}"
+
+    @torch.no_grad()
+    def encode(self, texts, where="storyboard"):
+        """Paragraphs, one a segment -> float32 [S, N, dim]; a longer one is cut, and named."""
+        out = []
+        with on_device(self.model, self.device):
+            for number, text in enumerate(texts, 1):
+                ids = cut_words(self.words(text), self.length, 1 + text.endswith(END), f"{where}, segment {number}")
+                ids += [self.tokenizer.pad_token_id] * (self.length - len(ids))
+                out.append(self.model(torch.tensor([ids], device=self.device))[0].float().cpu())
+        return torch.cat(out)
+
+
+def cut_words(words, length, ending, where):
+    """At most `length` words: what is too many goes before the last `ending` ones, with a warning."""
+    if len(words) <= length:
+        return words
+    tqdm.write(f"warning: {where}: {len(words)} words, cut to {length}", file=sys.stderr)
+    return words[:length - ending] + words[-ending:]
+
+
+def open_encoders(vae=None, text_encoder=None, vae_scale=None, size=(None, None), text=(None, None), device="cpu"):
+    """(codec, text encoder): CogVideoX's from the folders that are given, else the pocket world's.
+
+    size    height and width of frames, text  tokens of a segment and their width; None stands for the encoder's own
+    """
+    for length, name in zip(size, ("height", "width")):
+        if (length or 16) % 16 or (length or 16) < 16:
+            raise UserError(f"--{name} {length}: must be a multiple of 16, since the codec takes 8 x 8 pixels and the DiT 2 x 2 latents")
+    height, width = size
+    codec = CogVideoXCodec(vae, height, width, vae_scale, device) if vae else PocketCodec(height=height or 64, width=width or 96)
+    length, dim = text
+    return codec, T5Text(text_encoder, length or 226, device) if text_encoder else PocketText(length or 40, dim or 64)
+
+
+def add_encoder_flags(parser):
+    parser.add_argument("--vae", metavar="FOLDER", help="CogVideoX's VAE, or its whole folder, in place of the pocket world's codec")
+    parser.add_argument("--vae_scale", type=float, metavar="X", help="latents are multiplied by this (default: the VAE's own; the paper's is 1)")
+    parser.add_argument("--text_encoder", metavar="FOLDER", help="CogVideoX's T5, or its whole folder, in place of the pocket world's words")
+
+
+# 7. Real videos: scenes, segments, latents (3.3) ------------------------------------------------------------
 
 FORMAT = "ttt-minute latents 1"
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif"}
@@ -974,7 +1156,7 @@ def cut_segments(frames, cuts, last, name):
         if position >= last:
             return
     raise UserError(f"{name}: the video ends or stops decoding after {(position - SLACK) / FPS:.1f} s, "
-                    f"but its scenes last until {last / FPS:.1f} s")
+                    f"but the scenes of {Path(name).stem}.json last until {last / FPS:.1f} s")
 
 
 @dataclass(frozen=True)
@@ -991,12 +1173,28 @@ class Job:
         return [text for cut in self.cuts for text in mark_scene(cut.paragraphs)]
 
 
+def video_size(video):
+    """(width, height) of a video, None if it does not decode."""
+    import imageio_ffmpeg
+    frames = imageio_ffmpeg.read_frames(str(video))
+    try:
+        return next(frames)["size"]
+    except (OSError, RuntimeError, StopIteration):
+        return None
+    finally:
+        frames.close()
+
+
 def plan_job(video, out, codec, text_encoder):
     """Checks the storyboard of a video before anything is decoded, and names the scenes that are dropped."""
     board = video.with_suffix(".json")
     if not board.exists():
         raise UserError(f"{video.name}: has no storyboard, {board.name} must be beside it")
     cuts, last = read_cuts(board)
+    width, height = video_size(video) or (codec.width, codec.height)
+    if width < codec.width or height < codec.height:
+        raise UserError(f"{video.name}: its pictures of {width} x {height} are smaller than {codec.width} x {codec.height}; "
+                        "enlarge them first, or give a smaller --width and --height")
     stat, words = video.stat(), hashlib.sha256(board.read_bytes()).hexdigest()[:12]
     source = f"{video.name} {stat.st_size} {stat.st_mtime_ns} {words} {codec.id} {text_encoder.id}"
     return Job(video, out / f"{video.stem}.safetensors", tuple(cuts), last, source)
@@ -1011,26 +1209,29 @@ def read_metadata(path):
         return {}
 
 
-def ingest_video(job, codec, text_encoder):
-    """One video -> one file of latents and text embeddings, unless it is there already."""
+def ingest_video(job, codec, text_encoder, advance):
+    """One video -> one file of latents and text embeddings, unless it is there already. Calls advance(segments done)."""
     if read_metadata(job.target).get("source") == job.source:
-        return
+        return advance(len(job.texts))
     frames = read_frames(job.video, codec.height, codec.width)
-    segments = cut_segments(frames, job.cuts, job.last, job.video.name)
-    latents = [codec.encode(segment).half() for segment in segments]
-    text = text_encoder.encode(job.texts, where=job.video.name).half()
+    latents = []
+    for segment in cut_segments(frames, job.cuts, job.last, job.video.name):
+        latents.append(codec.encode(segment).half())
+        advance(1)
+    tensors = {"latents": torch.stack(latents), "text": text_encoder.encode(job.texts, where=job.video.name).half()}
+    if hasattr(text_encoder, "marks"):
+        tensors["marks"] = text_encoder.marks
     metadata = {"format": FORMAT, "source": job.source, "codec": codec.id, "scale": str(codec.scale), "fps": str(FPS),
                 "text_encoder": text_encoder.id, "segments": str(len(latents)),
                 "scenes": json.dumps([cut.paragraphs for cut in job.cuts])}
     with atomic(job.target) as partial:
-        save_file({"latents": torch.stack(latents), "text": text}, partial, metadata)
+        save_file(tensors, partial, metadata)
 
 
 def ingest(videos, out, codec, text_encoder):
     """Takes every video of the folder `videos`, NAME.mp4 with NAME.json beside it, to latents in the folder `out`.
 
-    `codec` has height, width, id, scale and encode; `text_encoder` has id and encode. Files that are already there
-    are kept. A bad video does not stop the others; a UserError at the end names every one that was left out.
+    `codec` and `text_encoder` are a pair of open_encoders. Files that are already there are kept. A bad video does not stop the others; a UserError at the end names every one that was left out.
     """
     videos, out = Path(videos), Path(out)
     if not videos.is_dir():
@@ -1047,14 +1248,13 @@ def ingest(videos, out, codec, text_encoder):
         except UserError as error:
             problems.append(str(error))
 
-    def work(job):
+    def work(job, advance):
         try:
-            ingest_video(job, codec, text_encoder)
+            ingest_video(job, codec, text_encoder, advance)
         except UserError as error:
             problems.append(str(error))
 
-    if jobs:
-        in_parallel(work, jobs, "ingest", "video")
+    in_parallel(work, jobs, "ingest", "segment", total=sum(len(job.texts) for job in jobs), threads=codec.threads)
     write_index(out, codec, text_encoder)
     if problems:
         raise UserError(f"{len(problems)} of {len(paths)} videos were left out: " + "; ".join(problems))
@@ -1074,7 +1274,7 @@ def write_index(out, codec, text_encoder):
         partial.write_text(json.dumps(index, indent=1) + "\n")
 
 
-# 7. The loader ----------------------------------------------------------------------------------------------
+# 8. The loader ----------------------------------------------------------------------------------------------
 
 
 def encoder_ids(codec, text_encoder):
@@ -1087,6 +1287,17 @@ def check_encoders(where, made_with, ids, remedy):
     for kind, name in ids.items():
         if made_with.get(kind) != name:
             raise UserError(f"{where} was made with the {kind.replace('_', ' ')} {made_with.get(kind)}, not {name}; {remedy}")
+
+
+def encoders_of(ids, where, vae, text_encoder, vae_scale, size, text, device="cpu"):
+    """Codec and text encoder of numbers that were made with `ids`; None in place of CogVideoX's if its folder is not given."""
+    real = ids["codec"].startswith("cogvideox"), ids["text_encoder"].startswith("t5")
+    pair = open_encoders(vae, text_encoder, vae_scale, size, text, device)
+    codec, text_encoder = (encoder if given or not own else None for encoder, given, own in zip(pair, (vae, text_encoder), real))
+    remedy = "ingest the videos and train again, or name the folder and the scale they were made with"
+    known = {"codec": codec and codec.id, "text_encoder": text_encoder and text_encoder.id}
+    check_encoders(where, ids, {kind: name for kind, name in known.items() if name}, remedy)
+    return codec, text_encoder
 
 
 class Runs:
@@ -1129,6 +1340,13 @@ class Runs:
     def __len__(self):
         return len(self.runs)
 
+    def storyboard(self, number):
+        """The Segments of a run."""
+        i, start = self.runs[number]
+        scenes = json.loads(read_metadata(self.folder / self.index["videos"][i]["file"])["scenes"])
+        board = [Segment(text, None, scene) for scene, paragraphs in enumerate(scenes) for text in mark_scene(paragraphs)]
+        return board[start:start + self.segments]
+
     def run(self, number):
         """One run: a run drops the first latent of all its segments but the first."""
         i, start = self.runs[number]
@@ -1142,7 +1360,7 @@ class Runs:
         return torch.stack(latents).float(), torch.stack(texts).float()
 
 
-# 8. The command line ----------------------------------------------------------------------------------------
+# 9. The command line ----------------------------------------------------------------------------------------
 
 
 def main():
@@ -1153,6 +1371,11 @@ def main():
     action.add_argument("--storyboard", type=int, metavar="SEED", help="print a storyboard that training never sees")
     action.add_argument("--train_codec", action="store_true", help="make assets/pocket_codec.safetensors again")
     parser.add_argument("--out", metavar="DIR", help="the folder to write to")
+    add_encoder_flags(parser)
+    parser.add_argument("--height", type=int, help="of ingested frames (default: 64, or the VAE's own)")
+    parser.add_argument("--width", type=int, help="of ingested frames (default: 96, or the VAE's own)")
+    parser.add_argument("--text_len", type=int, metavar="N", help="tokens of a segment's text (default: 40, with T5 226)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for VAE and T5 (default: cuda where there is one)")
     parser.add_argument("--segments", type=int, default=21, help="3-second segments of an episode, 1 to 21 (default 21)")
     parser.add_argument("--seed", type=int, default=0, help="the first episode's seed (default 0)")
     args = parser.parse_args()
@@ -1165,7 +1388,8 @@ def main():
     if args.render:
         render_world(args.out, args.render, args.segments, args.seed)
     elif args.ingest:
-        ingest(args.ingest, args.out, PocketCodec(), PocketText())
+        size, text = (args.height, args.width), (args.text_len, None)
+        ingest(args.ingest, args.out, *open_encoders(args.vae, args.text_encoder, args.vae_scale, size, text, args.device))
     elif args.train_codec:
         train_codec()
     else:

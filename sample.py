@@ -58,15 +58,23 @@ def ddim(model, noise, text, negative=None, steps=50, guidance=(1.0, 4.0), power
     return x
 
 
-def generate(model, board, text_encoder, seed=0, device="cpu", where="storyboard", **settings):
-    """A storyboard (a list of Segments) -> latents [T, C, h, w]; everything random comes from the seed."""
-    config = model.config
-    text = text_encoder.encode([segment.text for segment in board], where=where)[None].to(device)
-    negative = text_encoder.encode([segment.negative or "" for segment in board], where=f"{where} (negative)")[None].to(device)
-    shape = 1, 12 * len(board) + 1, config.channels, config.height, config.width
+def embed(board, text_encoder, where="storyboard"):
+    """A storyboard (a list of Segments) -> text and negative, [S, N, dim] each; zeros where a segment has no negative."""
+    text = text_encoder.encode([segment.text for segment in board], where=where)
+    negative = torch.zeros_like(text)
+    if own := [i for i, segment in enumerate(board) if segment.negative]:
+        negative[own] = text_encoder.encode([board[i].negative for i in own], where=f"{where}, negatives")
+    return text, negative
+
+
+def generate(model, text, negative=None, seed=0, **settings):
+    """Text and negative [S, N, dim] -> latents [T, C, h, w]; everything random comes from the seed."""
+    config, device = model.config, next(model.parameters()).device
+    shape = 1, 12 * len(text) + 1, config.channels, config.height, config.width
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda"):
-        latents = ddim(model, noise, text, negative, **settings)[0]
+    negative = None if negative is None else negative[None].to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        latents = ddim(model, noise, text[None].to(device), negative, **settings)[0]
     if not latents.isfinite().all():
         raise UserError("sampling gave numbers that are not finite; the checkpoint is not usable, train its stage again")
     return latents.cpu()
@@ -145,19 +153,41 @@ def held_out(segments, seed=0):
     return list(dataset.episode(dataset.TEST_SEEDS + seed, segments).segments)
 
 
-def encoders_of(model):
+def encoders_of(model, path, args, device):
     """The codec and the text encoder a model was trained with, or a UserError: others would give a wrong video without a word."""
-    codec, text_encoder = dataset.PocketCodec(), dataset.PocketText(model.config.text_len, model.config.text_dim)
-    ids = dataset.encoder_ids(codec, text_encoder)
-    dataset.check_encoders("the checkpoint", model.encoders, ids, "train the stage again with --overwrite")
-    return codec, text_encoder
+    config = model.config
+    size, text = (8 * config.height, 8 * config.width), (config.text_len, config.text_dim)
+    pair = dataset.encoders_of(model.encoders, path, args.vae, args.text_encoder, args.vae_scale, size, text, device)
+    for encoder, flag, kind in zip(pair, ("--vae", "--text_encoder"), model.encoders):
+        if encoder is None:
+            raise UserError(f"{flag} FOLDER is missing: {path} was trained with {model.encoders[kind]}")
+    return pair
 
 
-def show_stage(model, folder, segments, device):
-    """The sample that ends a training stage: sample.mp4, .gif and .png beside its checkpoint."""
-    codec, text_encoder = encoders_of(model)
-    board = held_out(segments, model.config.seed)
-    latents = generate(model.eval(), board, text_encoder, model.config.seed, device)
+def check_boards(boards, text_encoder, length, where):
+    """What a language model wrote, before a GPU hour is spent on it: segments, scenes, and the tokens of every text."""
+    for number, board in enumerate(boards, 1):
+        tokens = [len(text_encoder.words(segment.text)) for segment in board]
+        title = where if len(boards) == 1 else f"{where}, video {number}"
+        print(f"{title}: {len(board)} segments, {3 * len(board)} seconds, {board[-1].scene + 1} scenes, {min(tokens)} to {max(tokens)} tokens a text")
+        for i, (segment, count) in enumerate(zip(board, tokens), 1):
+            cut = f"  <- {count - length} too many, the end would be cut off" if count > length else ""
+            print(f"  segment {i:3}  scene {segment.scene + 1:3}  {count:4} of {length} tokens{cut}")
+    if not all(len(text_encoder.words(segment.text)) <= length for board in boards for segment in board):
+        raise UserError(f"{where}: texts are longer than the encoder's {length} tokens; shorten those marked above")
+
+
+def show_stage(model, folder, segments, codec, text_encoder, runs):
+    """The sample that ends a training stage, sample.mp4, .gif and .png beside its checkpoint: in the pocket world of a storyboard
+    it has never seen, otherwise of the first storyboard in the data. `codec` and `text_encoder` are None where they are not at hand."""
+    if not codec or not (text_encoder or runs):
+        return print("no sample: CogVideoX's VAE is not at hand; name it with --vae FOLDER (and --data DIR), or use sample.py")
+    if text_encoder:
+        board = held_out(segments, model.config.seed)
+        text, _ = embed(board, text_encoder)
+    else:
+        board, text = runs.storyboard(0), runs.run(0)[1].float()
+    latents = generate(model.eval(), text, seed=model.config.seed)
     save_video(codec.decode(latents), board, folder / "sample.mp4")
     print(f"look at {folder / 'sample.png'}")
 
@@ -180,34 +210,42 @@ def main():
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"),
                         help="guidance at the first and the last step (default 1 4)")
+    parser.add_argument("--check", action="store_true", help="only say what is in the storyboard, and whether its texts are too long")
     parser.add_argument("--negative", help="what to move away from, for segments whose storyboard names nothing")
     parser.add_argument("--export", metavar="FILE", help="write the stage's weights in half precision instead, as the files in assets/ are")
+    dataset.add_encoder_flags(parser)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args()
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps {args.steps}: between 1 and 1000 is needed")
-    config = Config(preset=args.preset, layer=args.layer)
+    boards = dataset.parse_storyboard(args.storyboard) if args.storyboard else [held_out(STAGES[args.stage].segments, args.seed)]
+    boards = [[dataset.Segment(s.text, s.negative or args.negative, s.scene) for s in board] for board in boards]
+    where = args.storyboard or "held-out storyboard"
+    config = Config(**{**PRESETS[args.preset], "preset": args.preset, "layer": args.layer})
+    if args.check:
+        text_encoder = dataset.T5Words(args.text_encoder) if args.text_encoder else dataset.PocketText()
+        return check_boards(boards, text_encoder, config.text_len, where)
     path = find_checkpoint(args.out_dir, config, args.stage)
     if not path:
         raise UserError(f"{run_folder(args.out_dir, config, args.stage) / 'model.safetensors'} is missing; train it with: "
                         f"python ttt_minute.py --stage {args.stage} --layer {args.layer} --preset {args.preset}")
-    boards = dataset.parse_storyboard(args.storyboard) if args.storyboard else [held_out(STAGES[args.stage].segments, args.seed)]
     out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: the name must end in .mp4")
 
     device = pick_device(args.device)
-    model = load_checkpoint(path).to(device).eval()
+    model = load_checkpoint(path).eval()
     if args.export:
         save_model(model.half(), args.export, stage=args.stage)
         return print(f"{args.export}: stage {args.stage} of {path}, in half precision")
-    codec, text_encoder = encoders_of(model)
-    for number, board in enumerate(boards, 1):
+    codec, text_encoder = encoders_of(model, path, args, device)
+    texts = [embed(board, text_encoder, where) for board in boards]               # the text encoder has the device to itself
+    half = args.preset == "5b" and device.type == "cuda"                          # 14 GB of weights in place of 29
+    model = model.to(device, torch.bfloat16 if half else torch.float32)
+    for number, (board, (text, negative)) in enumerate(zip(boards, texts), 1):
         name = out if len(boards) == 1 else out.with_stem(f"{out.stem}-{number}")
-        board = [dataset.Segment(s.text, s.negative or args.negative, s.scene) for s in board]
         begin = time.perf_counter()
-        latents = generate(model, board, text_encoder, args.seed, device, args.storyboard or "held-out storyboard",
-                           steps=args.steps, guidance=tuple(args.guidance))
+        latents = generate(model, text, negative, args.seed, steps=args.steps, guidance=tuple(args.guidance))
         save_video(codec.decode(latents), board, name)
         print(f"{name}: {3 * len(board)} seconds of video in {time.perf_counter() - begin:.0f} s; contact sheet {name.with_suffix('.png')}")
 

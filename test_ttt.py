@@ -4,10 +4,14 @@
     python test_ttt.py --bench                # time and memory of the scan and of a training step
 """
 
+import argparse
 import dataclasses
 import functools
+import io
 import json
 import math
+import re
+import shutil
 import sys
 import time
 import weakref
@@ -18,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
 import sample
@@ -535,6 +541,224 @@ def test_a_cogvideox_folder_that_does_not_fit_is_named(tmp_path):
         DiT.from_cogvideox(tmp_path)
 
 
+STORY = ["Mia the cat waves in the kitchen.", "Pip runs to the left.", "Here is the garden with its tree."]
+
+
+@pytest.fixture(scope="session")
+def cogvideox(tmp_path_factory):
+    """A folder like CogVideoX's, written by diffusers, transformers and sentencepiece, with small random networks."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers sentencepiece protobuf")
+    transformers, sentencepiece = pytest.importorskip("transformers"), pytest.importorskip("sentencepiece")
+    folder, words = tmp_path_factory.mktemp("cogvideox"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(STORY * 5), model_writer=words, vocab_size=34, pad_id=0, eos_id=1,
+                                             unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>", minloglevel=2)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/spiece.model").write_bytes(words.getvalue())
+    (folder / "tokenizer/tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    torch.manual_seed(0)
+    sizes = transformers.T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(sizes).save_pretrained(folder / "text_encoder")
+    diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_height=32, sample_width=48,
+        scaling_factor=0.7, down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4).save_pretrained(folder / "vae")
+    diffusers_cogvideox(folder / "transformer", text_len=48)
+    return folder
+
+
+def pipeline(folder):
+    """diffusers' own pipeline over the same folder."""
+    import diffusers
+    import transformers
+    return diffusers.CogVideoXPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=transformers.T5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=diffusers.AutoencoderKLCogVideoX.from_pretrained(folder / "vae"),
+        transformer=diffusers.CogVideoXTransformer3DModel.from_pretrained(folder / "transformer"), scheduler=diffusers.CogVideoXDDIMScheduler())
+
+
+def test_videos_are_coded_as_cogvideox_codes_them(cogvideox, capsys):
+    codec, pipe = dataset.CogVideoXCodec(cogvideox), pipeline(cogvideox)
+    assert "0.7" in capsys.readouterr().out and (codec.height, codec.width, codec.scale) == (32, 48, 0.7)
+    frames = np.random.default_rng(0).integers(0, 256, (49, 32, 48, 3), np.uint8)
+    latents = codec.encode(frames)
+    pixels = rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w") / 127.5 - 1
+    with torch.no_grad():
+        theirs = pipe.vae.encode(pixels).latent_dist.mode()
+        assert relative(latents, rearrange(theirs, "1 C t h w -> t C h w") * 0.7) < 1e-5
+        seen = rearrange(pipe.decode_latents(latents[None])[0], "c t h w -> t h w c").add(1).mul(127.5).clamp(0, 255)
+    assert codec.decode(latents).shape == (49, 32, 48, 3)
+    assert np.abs(codec.decode(latents) - seen.numpy()).max() < 0.51
+    wide = dataset.CogVideoXCodec(cogvideox / "vae", height=48, width=64, scale=1.0)
+    assert wide.encode(np.zeros((5, 48, 64, 3), np.uint8)).shape == (2, 4, 6, 8) and wide.id != codec.id
+    assert relative(wide.encode(frames) * 0.7, latents) < 1e-6
+
+
+def test_text_is_embedded_as_cogvideox_embeds_it(cogvideox, capsys):
+    encoder, pipe = dataset.T5Text(cogvideox, length=48), pipeline(cogvideox)
+    assert relative(encoder.encode(STORY), pipe._get_t5_prompt_embeds(STORY, max_sequence_length=48)) < 1e-5
+    assert "warning" not in capsys.readouterr().err
+    marked, again = (dataset.T5Text(folder, length=48) for folder in (cogvideox / "text_encoder", cogvideox))
+    assert torch.equal(marked.marks, again.marks) and marked.id == again.id
+    start, *words, end, _ = encoder.words(f"{dataset.START}{STORY[0]}{dataset.END}")
+    assert words == encoder.words(STORY[0])[:-1] and end == start + 1
+    weight = encoder.model.get_input_embeddings().weight
+    assert torch.equal(weight[[start, end]], encoder.marks) and 0.5 < encoder.marks.std() / weight[:34].std() < 2
+
+
+def test_a_text_too_long_for_t5_keeps_its_scene_mark_and_is_named(cogvideox, capsys):
+    encoder = dataset.T5Text(cogvideox, length=10)
+    seen = []
+    encoder.model.encoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    encoder.encode(["Mia.", STORY[0] + dataset.END], where="story.txt")
+    assert "story.txt, segment 2" in capsys.readouterr().err and "segment 1" not in capsys.readouterr().err
+    assert [len(ids) for ids in seen] == [10, 10] and seen[1][-2:] == encoder.words(dataset.END)[-2:] and seen[0][-1] == 0
+
+
+def test_the_real_model_from_folders_to_a_video(cogvideox, tmp_path, capsys):
+    """Ingest, fine-tune at 3 and 9 seconds, sample: real file formats and loading code, small tensors."""
+    for name in "one", "two":
+        write_footage(tmp_path / "videos", name, seconds=9.3, scenes=[dict(start=0.1, end=9.2, segments=STORY)])
+    encoders = ["--vae", cogvideox, "--text_encoder", cogvideox, "--device", "cpu"]
+    data, out = tmp_path / "data", tmp_path / "out"
+    assert run(dataset, "--ingest", tmp_path / "videos", "--out", data, "--text_len", 48, *encoders) == 0
+    assert load_file(data / "one.safetensors")["marks"].shape == (2, 8)
+    shape = "--depth 2 --heads 2 --head_width 16 --height 4 --width 6 --channels 4 --text_len 48 --text_dim 8 --time_dim 16 --preset 5b".split()
+    train = [*shape, "--data", data, "--out_dir", out, "--steps", 2, "--batch_size", 3, "--device", "cpu"]
+    assert run(ttt_minute, "--stage", "3s", *train, "--init_from", cogvideox) == 0
+    assert "--vae FOLDER" in capsys.readouterr().out and not list(out.glob("*/*/sample.mp4"))
+    assert run(ttt_minute, "--stage", "9s", *train, "--vae", cogvideox) == 0
+    base, tuned = DiT.from_cogvideox(cogvideox, "local"), load_checkpoint(out / "5b-ttt_mlp/9s/model.safetensors")
+    assert relative(tuned.patch_in.weight, base.patch_in.weight) < 0.01 and (out / "5b-ttt_mlp/9s/sample.png").exists()
+    assert tuned.config.recompute and tuned.config.micro_batch == 1 and set(tuned.encoders) == {"codec", "text_encoder"}
+
+    story, video = tmp_path / "story.txt", tmp_path / "video.mp4"
+    story.write_text("\n\n".join(dataset.mark_scene(STORY[:2])))
+    make = ["--preset", "5b", "--stage", "9s", "--storyboard", story, "--out", video, "--out_dir", out, "--steps", 2]
+    assert run(sample, *make, *encoders) == 0 and video.exists()
+    capsys.readouterr()
+    for flags, message in ((encoders[:2], "--text_encoder FOLDER is missing"), ([], "--vae FOLDER is missing"),
+                           ([*encoders, "--vae_scale", 1], "scale-0.7, not .*scale-1")):
+        assert run(sample, *make, *flags) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert run(ttt_minute, "--stage", "18s", *train) == 2 and "no video has 6 segments" in capsys.readouterr().err
+    assert run(ttt_minute, "--stage", "30s", *train) == 2 and "--stage 18s" in capsys.readouterr().err
+    assert run(ttt_minute, "--stage", "3s", *train, "--text_len", 40, "--init_from", cogvideox, "--out_dir", tmp_path / "b") == 2
+    assert "--text_len 48" in capsys.readouterr().err
+
+
+def copy_without(folder, target, missing):
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(missing))
+    return target
+
+
+def test_folders_that_are_not_cogvideoxs_encoders_are_named(cogvideox, tmp_path):
+    for missing, kind, message in (("diffusion_pytorch_model.safetensors", dataset.CogVideoXCodec, "no .safetensors"),
+                                   ("model.safetensors", dataset.T5Text, "no .safetensors"),
+                                   ("spiece.model", dataset.T5Text, "tokenizer")):
+        with pytest.raises(UserError, match=message):
+            kind(copy_without(cogvideox, tmp_path / missing, missing))
+    with pytest.raises(UserError, match="no such folder"):
+        dataset.CogVideoXCodec(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not the vae of CogVideoX|cannot read"):
+        dataset.CogVideoXCodec(cogvideox / "transformer")
+    for part, kind in ("vae", dataset.CogVideoXCodec), ("text_encoder", dataset.T5Text):
+        weights, = (shutil.copytree(cogvideox, tmp_path / f"less-{part}") / part).glob("*.safetensors")
+        tensors = load_file(weights)
+        name = [name for name in tensors if name.endswith(".weight")][3]
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights, {"format": "pt"})
+        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing"):
+            kind(tmp_path / f"less-{part}")
+    cut = shutil.copytree(cogvideox / "vae", tmp_path / "cut") / "diffusion_pytorch_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:10_000])
+    with pytest.raises(UserError, match="cannot read"):
+        dataset.CogVideoXCodec(cut.parent)
+    with pytest.raises(UserError, match="--height 100: must be a multiple of 16"):
+        dataset.open_encoders(size=(100, None))
+
+
+def test_a_storyboard_is_checked_before_a_gpu_hour_is_spent(cogvideox, tmp_path, capsys):
+    story = tmp_path / "story.txt"
+    story.write_text("\n\n".join(dataset.mark_scene(STORY[:2]) + dataset.mark_scene(STORY[2:])))
+    assert run(sample, "--preset", "5b", "--text_encoder", cogvideox, "--storyboard", story, "--check") == 0
+    report = capsys.readouterr().out
+    assert "3 segments, 9 seconds, 2 scenes" in report and "of 226 tokens" in report
+    story.write_text(dataset.START + "word " * 300 + dataset.END)
+    assert run(sample, "--storyboard", story, "--check") == 2
+    captured = capsys.readouterr()
+    assert "262 too many" in captured.out and "longer than the encoder's 40 tokens" in captured.err
+
+
+@pytest.mark.parametrize("layer", list(ttt_minute.LAYERS))
+def test_the_plan_counts_flops_and_memory_as_torch_does(layer):
+    config = Config(**ttt_minute.PRESETS["5b"] | dict(layer=layer, depth=2, heads=4, height=8, width=8, text_len=30, text_dim=40, time_dim=64))
+    model, (latents, text) = DiT(config), random_latents(config, 2)
+    t = torch.tensor([500])
+
+    def step():
+        in_place = {torch.ops.aten.baddbmm_: lambda bias, a, b, **_: 2 * math.prod(a) * b[-1]}        # the counter does not know it
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+            diffusion_loss(model, latents, text, t, latents).backward()
+        return counter.get_total_flops()
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(latents, text, t)
+    assert sum(ttt_minute.forward_flops(config, 2).values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    stage = Stage(2, 1, 1, 0, 0, everything=True)
+    exact = sum(ttt_minute.step_flops(dataclasses.replace(config, recompute=False), stage).values())
+    assert exact == pytest.approx(step(), rel=0.05)
+    ttt_minute.prepare(model)
+    assert sum(ttt_minute.step_flops(config, stage).values()) == pytest.approx(step(), rel=0.05)
+
+
+@pytest.mark.parametrize("layer", list(ttt_minute.LAYERS))
+def test_the_plan_counts_what_is_alive_in_a_block(layer, monkeypatch):
+    config = Config(**ttt_minute.PRESETS["5b"] | dict(layer=layer, heads=4, height=16, width=16, text_len=32, time_dim=64))
+    block, layout, time_embedding = ttt_minute.Block(config), Layout(5, 32, config.grid(5)), torch.randn(1, 64)
+    x = torch.randn(1, layout.tokens, config.dim, dtype=torch.bfloat16, requires_grad=True)
+    monkeypatch.setattr(ttt_minute, "SCAN_AT_ONCE", x.numel() // 4)
+
+    def alive(train):
+        with PeakMemory() as memory, torch.set_grad_enabled(train):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = block(x, time_embedding, layout)
+            if train:
+                y.sum().backward()
+        return memory.peak / (2 * x.numel())
+
+    assert [alive(True), alive(False)] == pytest.approx(ttt_minute.ALIVE[layer], rel=0.12)
+
+
+def test_a_minute_at_5b_is_sampled_on_one_gpu_of_80_gb():
+    config = Config(**ttt_minute.PRESETS["5b"])
+    assert ttt_minute.sampling_gb(config, 21) < 70 < ttt_minute.training_gb(config, STAGES["63s"], 1)
+    assert ttt_minute.training_gb(config, STAGES["63s"], 256) < 80
+
+
+def test_half_of_the_heads_at_a_time_gives_the_same_scan(monkeypatch):
+    for kind in "linear", "mlp":
+        weights, inputs = scan_inputs(kind)
+        with torch.no_grad():
+            whole, last = ttt_scan(kind, weights, *inputs, 8)
+            monkeypatch.setattr(ttt_minute, "SCAN_AT_ONCE", 100)
+            parts, parts_last = ttt_scan(kind, weights, *inputs, 8)
+        assert torch.equal(whole, parts) and all(torch.equal(a, b) for a, b in zip(last, parts_last))
+
+
+@pytest.mark.parametrize("how", ["recompute", "compile"])
+def test_recomputing_and_compiling_change_nothing_but_time_and_memory(how):
+    if how == "compile" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler here")
+    latents, text = random_latents(TINY, 2)
+    results = []
+    for config in TINY, dataclasses.replace(TINY, **{how: True}):
+        torch.manual_seed(0)
+        model = DiT(config)
+        ttt_minute.prepare(model)
+        diffusion_loss(model, latents, text, torch.tensor([500]), latents).backward()
+        results.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(relative(results[1][name], gradient) < 1e-4 for name, gradient in results[0].items() if gradient.norm() > 1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Diffusion (appendix A)
 # ----------------------------------------------------------------------------------------------------
@@ -707,11 +931,20 @@ def test_attention_is_brought_to_unit_scale_without_changing_the_network():
 
 def test_small_batches_see_all_noise_levels_equally_often(world):
     runs, stage = dataset.Runs(world, 1), Stage(1, 100, 4, 0, 0)
-    t = torch.cat([ttt_minute.draw(runs, stage, Config(), "3s", step)[2] for step in range(25)])
+    t = torch.cat([batch[2] for step in range(25) for batch in ttt_minute.draw(runs, stage, Config(), "3s", step)])
     assert t.min() >= 0 and t.max() < 1000
     assert torch.histc(t.float(), bins=10, min=0, max=1000).sub(10).abs().max() <= 2
-    other = torch.cat([ttt_minute.draw(runs, stage, Config(seed=1), "3s", step)[2] for step in range(25)])
+    other = torch.cat([batch[2] for step in range(25) for batch in ttt_minute.draw(runs, stage, Config(seed=1), "3s", step)])
     assert not torch.equal(t, other)
+
+
+def test_a_batch_is_the_same_whole_and_in_micro_batches(world):
+    """Gradient accumulation: the same videos, noise and noise levels, only fewer at once."""
+    runs, stage = dataset.Runs(world, 1), Stage(1, 100, 5, 0, 0)
+    whole, = ttt_minute.draw(runs, stage, Config(micro_batch=8), "3s", 7)
+    parts = list(ttt_minute.draw(runs, stage, Config(micro_batch=2), "3s", 7))
+    assert [len(part[0]) for part in parts] == [2, 2, 1]
+    assert all(torch.equal(one, torch.cat(many)) for one, many in zip(whole, zip(*parts)))
 
 
 def test_a_tiny_model_learns_eight_clips_by_heart():
@@ -830,7 +1063,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(trained, world, tmp_pat
     (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
     loss = ttt_minute.diffusion_loss
     monkeypatch.setattr(ttt_minute, "diffusion_loss", lambda model, latents, text, t, noise: loss(model, latents, text, t, noise) * (math.nan if t.tolist() == bad else 1))
-    bad = ttt_minute.draw(dataset.Runs(world, 1), dataclasses.replace(STAGES["3s"], batch=2), Config(), "3s", 2)[2].tolist()
+    bad = next(ttt_minute.draw(dataset.Runs(world, 1), dataclasses.replace(STAGES["3s"], batch=2), Config(), "3s", 2))[2].tolist()
     status = run(ttt_minute, "--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL, "--checkpoint_every", 1)
     assert "nan at step 2 of stage 3s" in status and "000002" in status
     assert (tmp_path / "pocket-ttt_mlp/3s/state/000002").exists() and not (tmp_path / "pocket-ttt_mlp/3s/model.safetensors").exists()
@@ -839,7 +1072,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(trained, world, tmp_pat
 def test_a_checkpoint_of_another_codec_or_text_encoder_is_refused(trained):
     path = trained / "pocket-ttt_mlp/9s/model.safetensors"
     model = load_checkpoint(path)
-    assert dataset.encoder_ids(*sample.encoders_of(model)) == model.encoders
+    flags = argparse.Namespace(vae=None, text_encoder=None, vae_scale=None)
+    assert dataset.encoder_ids(*sample.encoders_of(model, path, flags, "cpu")) == model.encoders
     for kind in model.encoders:
         others = model.encoders | {kind: "another"}
         with pytest.raises(UserError, match="not another.*--overwrite"):
@@ -847,7 +1081,7 @@ def test_a_checkpoint_of_another_codec_or_text_encoder_is_refused(trained):
         stranger = load_checkpoint(path)
         stranger.encoders = others
         with pytest.raises(UserError, match=f"{kind.replace('_', ' ')} another"):
-            sample.show_stage(stranger, trained / "nowhere", 1, "cpu")
+            sample.encoders_of(stranger, path, flags, "cpu")
 
 
 def test_a_stage_starts_from_weights_that_ship_if_they_fit(trained, world, tmp_path, monkeypatch, capsys):
@@ -879,7 +1113,8 @@ def test_a_storyboard_becomes_a_video_of_its_own_length(trained, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--layr", "local"], "--layer"), (["--layer", "ttt_mpl"], "ttt_mlp"), (["--stage", "10s"], "9s"), (["--depth", "two"], "invalid int"),
     (["--steps", "0"], "--steps 0"), (["--head_width", "20"], "multiple of 16"), (["--device", "cuda:99"], "--device cuda"),
-    (["--data", "nowhere"], "nowhere"), (["--preset", "5b"], "CogVideoX"), (["--preset", "5b", "--stage", "pretrain"], "stages 3s")])
+    (["--data", "nowhere"], "nowhere"), (["--preset", "5b"], "--stage 3s"), (["--preset", "5b", "--stage", "3s"], "CogVideoX-5B's weights"),
+    (["--preset", "5b", "--stage", "pretrain"], "stages 3s"), (["--init_from", "."], "--preset 5b"), (["--micro_batch", "0"], "--micro_batch 0")])
 def test_a_users_mistake_is_one_sentence_and_exit_status_2(flags, message, tmp_path, capsys):
     if "cuda" in " ".join(flags) and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -1008,7 +1243,7 @@ def write_footage(folder, name="film", seconds=8.0, fps=10, scenes=None, size=(9
 class Plain:
     """A codec that keeps each latent's mean brightness, so that a test can read the time off a latent."""
 
-    height, width, channels, down_space, down_time, scale, id = 64, 96, 16, 8, 4, 1.0, "plain"
+    height, width, channels, down_space, down_time, threads, scale, id = 64, 96, 16, 8, 4, 2, 1.0, "plain"
 
     def encode(self, frames):
         groups = [frames[:1]] + [frames[n:n + 4] for n in range(1, len(frames), 4)]
@@ -1054,6 +1289,14 @@ def test_a_video_that_does_not_decode_is_named(tmp_path):
     film.write_bytes(b"not a video" * 100)
     with pytest.raises(UserError, match="film.mp4"):
         dataset.ingest(tmp_path / "videos", tmp_path / "latents", Plain(), dataset.PocketText())
+
+
+def test_a_video_smaller_than_the_target_or_shorter_than_its_storyboard_is_refused(tmp_path):
+    write_footage(tmp_path / "videos", "low", size=(48, 80), scenes=[dict(start=0, end=3, segments=["One."])])
+    write_footage(tmp_path / "videos", "brief", scenes=[dict(start=0, end=12, segments=["One."] * 4)])
+    with pytest.raises(UserError, match="(?s)low.mp4.*80 x 48 are smaller than 96 x 64.*brief.mp4.*8.0 s.*brief.json last until 12.0 s"):
+        dataset.ingest(tmp_path / "videos", tmp_path / "latents", Plain(), dataset.PocketText())
+    assert not list((tmp_path / "latents").glob("*.safetensors"))
 
 
 def test_the_loader_says_what_is_wrong_with_a_folder(world, tmp_path):

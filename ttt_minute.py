@@ -32,6 +32,7 @@ Map
      5  The TTT layer                    10  Training in stages, the command line
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -46,6 +47,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -101,6 +103,9 @@ class Config:
     clip: float = 0.1               # gradient norm
     weight_decay: float = 1e-4      # on matrices only
     text_dropout: float = 0.1       # how often all text of a sample is zeroed, for classifier-free guidance
+    micro_batch: int = 8            # videos on the device at once; the gradients of a batch are summed over them
+    recompute: bool = False         # keep the inputs of blocks only, and recompute the rest in the backward pass
+    compile: bool = False           # torch.compile the blocks, all but the scan
     seed: int = 0
 
     @property
@@ -111,13 +116,14 @@ class Config:
         return 12 * segments + 1, self.height // self.patch, self.width // self.patch
 
 
-PAPER = dict(mini_batch=64, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, ttt_proj_std=0.02, snr_shift=1.0)
+PAPER = dict(mini_batch=64, scan_checkpoint=16, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, ttt_proj_std=0.02, snr_shift=1.0)
 
 PRESETS = {
     "pocket": dict(),
-    "small": dict(height=32, width=48, text_len=64, depth=12, heads=8, head_width=64, time_dim=512,
-                  ttt_std=0.05, ttt_proj_std=0.04, eta_mlp=1.0, mini_batch=64),
-    "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64, time_dim=512, **PAPER),
+    "small": dict(height=16, width=24, depth=12, heads=8, head_width=64, time_dim=512,
+                  ttt_std=0.05, ttt_proj_std=0.04, eta_mlp=1.0, mini_batch=64, micro_batch=1, recompute=True),
+    "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64, time_dim=512,
+               micro_batch=1, recompute=True, **PAPER),
 }
 
 
@@ -156,12 +162,17 @@ POCKET_STAGES = {
     "30s": Stage(10, 160, 2, 5e-4, 2e-4, "cosine", "cosine"),
     "63s": Stage(21, 320, 1, 5e-4, 2e-4, "cosine", "cosine"),
 }
+# The preset in between starts from nothing too, and has a GPU. Not yet run on one: these numbers are a first guess.
+SMALL_STAGES = {
+    "pretrain": Stage(1, 20000, 32, 1e-3, 1e-3, "cosine", "cosine", everything=True, lr_muon=0.02),
+    "3s": Stage(1, 1000, 32, 1e-3, 2e-4, "cosine", "cosine", everything=True),
+    "9s": Stage(3, 3000, 16, 5e-4, 2e-4, "cosine", "cosine"),
+    "18s": Stage(6, 1000, 8, 2e-4, 1e-4, "cosine", "cosine"),
+    "30s": Stage(10, 500, 8, 2e-4, 1e-4, "cosine", "cosine"),
+    "63s": Stage(21, 500, 4, 2e-4, 1e-4, "cosine", "cosine"),
+}
+PRESET_STAGES = {"pocket": POCKET_STAGES, "small": SMALL_STAGES, "5b": STAGES}      # name -> Stage, in their order
 STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | STAGES
-
-
-def stages_of(preset):
-    """The stages of a preset in their order, name -> Stage."""
-    return POCKET_STAGES if preset == "pocket" else {name: STAGES[name] for name in STAGES if name != "pretrain"}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -524,6 +535,7 @@ def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
     return torch.baddbmm(dk + dv, dZ, W[0].mT, beta=-1), dv, deta
 
 
+@torch.compiler.disable
 def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, eps=1e-8, checkpoint=16, backend="auto"):
     """Read a sequence with a TTT layer's inner model (section 3.4): every mini-batch of tokens is one training step.
 
@@ -553,6 +565,12 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     if len(weights) != len(expected) or shapes != expected or not L or min(mini_batch, checkpoint) < 1:
         raise ValueError(f"ttt_scan: {kind} weights for q {tuple(q.shape)} have shapes {expected}, not {[tuple(w.shape) for w in weights]}")
 
+    if q.numel() > SCAN_AT_ONCE and H > 1 and not torch.is_grad_enabled():      # a minute at 5b: half of the heads, then the others
+        halves = zip(*[x.chunk(2, dim=1) for x in (q, k, v, eta)], *[x.chunk(2, dim=-2) for x in (ln_gamma, ln_beta)],
+                     zip(*[w.chunk(2, dim=-len(e)) for w, e in zip(weights, expected)]))
+        outs, lasts = zip(*[ttt_scan(kind, W, *half, mini_batch, eps=eps, checkpoint=checkpoint, backend=backend) for *half, W in halves])
+        return torch.cat(outs, dim=1), tuple(torch.cat(last, dim=1) for last in zip(*lasts))
+
     dtype = torch.promote_types(q.dtype, torch.float32)       # the state lives in fp32 whatever the inputs are
     W = []
     for w, e in zip(weights, expected):
@@ -578,6 +596,7 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     return out, tuple(w.reshape(B, *e) for w, e in zip(W, expected))
 
 
+SCAN_AT_ONCE = 1 << 28               # numbers in q: sampling scans more than these in parts, for their copies' sake
 SCAN_BACKENDS = {"autograd": step_autograd, "dual": step_dual, "torch": PrimalScan}
 
 
@@ -771,6 +790,16 @@ def is_new(name):
     return ".global_layer." in name
 
 
+def layer_of(config, name):
+    """All layers share one pretrain."""
+    return "local" if name == "pretrain" else config.layer
+
+
+def trains(name, stage):
+    """Table 2: everything, or the new parameters and local attention."""
+    return stage.everything or is_new(name) or ".attention." in name
+
+
 # The names that diffusers gives to this network (CogVideoXTransformer3DModel): fields of its config.json, what they must be
 # where we have no choice, and parts of the names of tensors.
 COGVIDEOX_FILE = "diffusion_pytorch_model"
@@ -788,6 +817,10 @@ COGVIDEOX_NAMES = {"blocks.": "transformer_blocks.", "norm_1": "norm1", "norm_2"
                    "modulate_out": "norm_out.linear", "patch_out": "proj_out"}
 
 
+def cogvideox_folder(folder):
+    return Path(folder) / "transformer" if (Path(folder) / "transformer").is_dir() else Path(folder)
+
+
 def cogvideox_name(name):
     """Our name of a tensor -> diffusers'."""
     for ours, theirs in COGVIDEOX_NAMES.items():
@@ -796,8 +829,8 @@ def cogvideox_name(name):
 
 
 def cogvideox_config(folder, layer, overrides):
-    """The Config of a diffusers folder; UserError if its network is not the one of this file."""
-    path = folder / "config.json"
+    """The Config of a diffusers folder, the pipeline's or its transformer/; UserError if its network is not the one of this file."""
+    path = cogvideox_folder(folder) / "config.json"
     saved = dataset.read_json(dataset.read_text(path), path)
     missing = [theirs for theirs in COGVIDEOX_CONFIG.values() if theirs not in saved]
     if missing:
@@ -877,8 +910,7 @@ class DiT(nn.Module):
 
         Tensors are read one by one, to fp32, so that no more memory is needed than the network takes.
         """
-        folder = Path(folder)
-        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        folder = cogvideox_folder(folder)
         config = cogvideox_config(folder, layer, overrides)
         with torch.device("meta"):
             model = cls(config)
@@ -956,12 +988,98 @@ def diffusion_loss(model, latents, text, t, noise):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 10. Training in stages (section 3.3, Table 2)
+# P. What it costs (skip on first reading): what --dry_run prints
 # ----------------------------------------------------------------------------------------------------
 
+PAPER_TOKENS = {"3s": 18048, "9s": 51456, "18s": 99894, "30s": 168320, "63s": 341550}       # section 3.3; its text lengths differ by stage
+H100_FLOPS, USED = 989e12, 0.4      # bf16, dense; the fraction that we assume a run reaches
+# Bytes alive at once in a block, in units of one bf16 tensor [L, D]: in a training step, and in sampling. Counted on the CPU
+# by PeakMemory of test_ttt.py.
+ALIVE = {"local": (33, 15), "full": (33, 14), "ttt_linear": (80, 21), "ttt_mlp": (84, 22)}
 
-def trains(name, stage):
-    return stage.everything or is_new(name) or ".attention." in name
+
+def forward_flops(config, segments):
+    """FLOPs of one video through the network, by part; a multiplication and its addition are two."""
+    layout = Layout(segments, config.text_len, config.grid(segments))
+    L, D, width, frame = layout.tokens, config.dim, config.head_width, math.prod(layout.grid[1:])
+    scores = L ** 2 if config.layer == "full" else segments * (config.text_len + 13 * frame) ** 2
+    padded = math.ceil(L / config.mini_batch) * config.mini_batch
+    products = {"ttt_linear": 3, "ttt_mlp": 7 * 4}.get(config.layer, 0)                  # of F x F a token and head, section 4
+    pixels = config.channels * config.patch ** 2
+    return {"maps of attention": config.depth * L * 8 * D ** 2,
+            "attention": config.depth * 4 * scores * D,
+            "MLPs": config.depth * L * 16 * D ** 2,
+            "maps of TTT": config.depth * 2 * L * 2 * (4 * D ** 2 + D * config.heads) * (products > 0),
+            "scan of TTT": config.depth * 2 * padded * D * products * 2 * width,
+            "the rest": 2 * D * (layout.text_tokens * config.text_dim + 2 * (L - layout.text_tokens) * pixels)
+            + 2 * config.time_dim * (D * (12 * config.depth + 3) + config.time_dim)}
+
+
+def step_flops(config, stage):
+    """The same for one video of a training step: forward, recomputed, backward. What is frozen needs no gradient of its own."""
+    backward = {"maps of attention": 2, "attention": 2.5, "MLPs": 2 if stage.everything else 1, "maps of TTT": 2, "scan of TTT": 3,
+                "the rest": 2 if stage.everything else 1}
+    forward = forward_flops(config, stage.segments)
+    return {part: flops * (1 + config.recompute + backward[part]) for part, flops in forward.items()}
+
+
+def parameter_counts(config, stage):
+    """How many parameters: base, TTT, gates, trained in the stage. Nothing is allocated."""
+    with torch.device("meta"):
+        model = DiT(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    gates = sum(size for name, size in sizes.items() if ".gate_" in name)
+    new = sum(size for name, size in sizes.items() if is_new(name))
+    return sum(sizes.values()) - new, new - gates, gates, sum(size for name, size in sizes.items() if trains(name, stage))
+
+
+def training_gb(config, stage, gpus):
+    """Memory a GPU, in GB: weights, gradients and AdamW's moments in fp32, sharded; two blocks gathered in bf16; the inputs of all
+    blocks, and what is alive in one. Where there are more GPUs than videos in a batch, some share a video."""
+    base, ttt, gates, trained = parameter_counts(config, stage)
+    weights = base + ttt + gates
+    tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
+    tensor = 2 * tokens * config.dim * config.micro_batch / max(1, gpus // stage.batch)
+    alive = ALIVE[config.layer][0]
+    activations = tensor * (config.depth + alive if config.recompute else config.depth * alive)
+    gathered = 2 * weights * min(1, 2 / config.depth if gpus > 1 else 1)
+    return ((4 * weights + 12 * trained) / gpus + gathered + activations) / 1e9
+
+
+def sampling_gb(config, segments):
+    """Memory to sample one video on one GPU, in GB, with bf16 weights; the text encoder and the VAE are elsewhere then."""
+    base, ttt, gates, _ = parameter_counts(config, STAGES["3s"])
+    tokens = Layout(segments, config.text_len, config.grid(segments)).tokens
+    return 2 * (base + ttt + gates + tokens * config.dim * ALIVE[config.layer][1]) / 1e9
+
+
+def print_cost(config, stages, names):
+    """Tokens, parameters, FLOPs and memory of every stage."""
+    gpus = 1, 8, 64, 256
+    print("tokens of a video, parameters, and TFLOP of one video in a training step, by part")
+    parts = [part for part, flops in forward_flops(config, 1).items() if flops]
+    print(f"{'stage':<9} {'tokens':>7} {'paper':>7} {'trained':>14}" + "".join(f"{part:>19}" for part in parts) + f"{'in all':>10}")
+    for name in names:
+        stage, own = stages[name], dataclasses.replace(config, layer=layer_of(config, name))
+        tokens, flops = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens, step_flops(own, stage)
+        print(f"{name:<9} {tokens:>7} {PAPER_TOKENS.get(name, '') if config.preset == '5b' else '':>7} {parameter_counts(own, stage)[3]:>14,}"
+              + "".join(f"{flops[part] / 1e12:>19,.1f}" for part in parts) + f"{sum(flops.values()) / 1e12:>10,.0f}")
+    base, ttt, gates, _ = parameter_counts(config, stages[names[0]])
+    print(f"parameters: base {base:,}, global layers {ttt:,}, gates {gates:,}\n")
+    print(f"H100-hours at {USED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s; GB a GPU for so many; and to sample one video of the stage (50 steps, 99 passes)")
+    print(f"{'stage':<9} {'H100-hours':>11}" + "".join(f"{f'{n} GPU':>10}" for n in gpus) + f"{'sampling':>12} {'minutes':>8}")
+    for name in names:
+        stage, own = stages[name], dataclasses.replace(config, layer=layer_of(config, name))
+        hours = sum(step_flops(own, stage).values()) * stage.batch * stage.steps / (USED * H100_FLOPS) / 3600
+        minutes = 99 * sum(forward_flops(own, stage.segments).values()) / (USED * H100_FLOPS) / 60
+        memory = "".join(f"{training_gb(own, stage, n):>10,.1f}" for n in gpus)
+        print(f"{name:<9} {hours:>11,.1f}{memory}{sampling_gb(own, stage.segments):>9,.1f} GB {minutes:>8,.1f}")
+    print("(FLOPs are those of matrix products. GPUs beyond the batch share a video.)\n")
+
+
+# ----------------------------------------------------------------------------------------------------
+# 10. Training in stages (section 3.3, Table 2)
+# ----------------------------------------------------------------------------------------------------
 
 
 def decays(name, parameter):
@@ -1014,11 +1132,6 @@ def lr_at(step, steps, peak, schedule, config):
 
 
 ASSETS = Path(__file__).parent / "assets"
-
-
-def layer_of(config, name):
-    """All layers share one pretrain."""
-    return "local" if name == "pretrain" else config.layer
 
 
 def run_folder(out_dir, config, name):
@@ -1141,8 +1254,8 @@ GOLDEN = (5 ** 0.5 - 1) / 2
 
 
 def draw(runs, stage, config, name, step):
-    """The batch of a step: latents, text, t, noise. Seed, stage and step decide everything, so a resumed run needs no
-    random state: it draws what the undisturbed run would have drawn.
+    """Yields the batch of a step in micro-batches: latents, text, t, noise. Seed, stage and step decide everything, so a
+    resumed run needs no random state: it draws what the undisturbed run would have drawn.
 
     DIFF: t is uniform in 0 .. 999 as in the paper, but the t of successive samples are a golden section apart, so that
     small batches see all noise levels equally often and the loss is less noisy (after Kingma et al., 2107.00630).
@@ -1151,11 +1264,21 @@ def draw(runs, stage, config, name, step):
     offset = torch.rand((), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + step)
     items = torch.randint(len(runs), (stage.batch,), generator=generator)
-    latents, text = runs.batch(items.tolist())
-    t = (offset + GOLDEN * (step * stage.batch + torch.arange(stage.batch, dtype=torch.float64))) % 1
-    noise = torch.randn(latents.shape, generator=generator)
     keep = torch.rand(stage.batch, generator=generator) >= config.text_dropout
-    return latents, text * keep[:, None, None, None], (1000 * t).long(), noise
+    t = (offset + GOLDEN * (step * stage.batch + torch.arange(stage.batch, dtype=torch.float64))) % 1
+    for own in torch.arange(stage.batch).split(config.micro_batch):
+        latents, text = runs.batch(items[own].tolist())
+        noise = torch.stack([torch.randn(latents[0].shape, generator=generator) for _ in own])
+        yield latents, text * keep[own, None, None, None], (1000 * t[own]).long(), noise
+
+
+def prepare(model):
+    """Recomputation and compilation, by block, as the config asks."""
+    for block in model.blocks:
+        if model.config.compile:
+            block.forward = torch.compile(block.forward)
+        if model.config.recompute:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def train(model, name, stage, runs, folder, save_every):
@@ -1168,6 +1291,7 @@ def train(model, name, stage, runs, folder, save_every):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trainable = [parameter for group in groups for parameter in group["params"]]
     manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch, encoders=runs.encoders)
+    prepare(model)
     first = load_state(folder, model, optimizers, manifest) if saved_states(folder) else 0
     tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
     log = open_log(folder / "log.jsonl", first)
@@ -1179,10 +1303,13 @@ def train(model, name, stage, runs, folder, save_every):
         begin = time.perf_counter()
         for group in groups:
             group["lr"] = lr_at(step, stage.steps, group["peak"], group["schedule"], config)
-        latents, text, t, noise = (x.to(device) for x in draw(runs, stage, config, name, step))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = diffusion_loss(model, latents, text, t, noise)
-        loss.backward()
+        loss = 0.0
+        for batch in draw(runs, stage, config, name, step):
+            latents, text, t, noise = (x.to(device) for x in batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                part = diffusion_loss(model, latents, text, t, noise) * len(t) / stage.batch
+            part.backward()
+            loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
         if not torch.isfinite(loss + norm):
             bar.close()
@@ -1241,16 +1368,24 @@ def add_config_flags(parser):
     for field in dataclasses.fields(Config):
         choices = {"preset": list(PRESETS), "layer": list(LAYERS), "backend": ["auto", *SCAN_BACKENDS]}.get(field.name)
         kind = type(field.default)
-        group.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__,
-                           help=f"pocket: {field.default}")
+        if kind is bool:
+            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=f"pocket: {field.default}")
+        else:
+            group.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__,
+                               help=f"pocket: {field.default}")
 
 
 def config_from(args):
-    """Defaults, then the preset's row, then the flags."""
+    """Defaults, then the preset's row or what --init_from says of CogVideoX, then the flags."""
     flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
     given = {name: value for name, value in flags.items() if value is not None}
-    config = Config(**{**PRESETS[given.get("preset", Config.preset)], **given})
-    for name in "depth heads head_width patch mini_batch scan_checkpoint text_len".split():
+    row = PRESETS[given.get("preset", Config.preset)]
+    if args.init_from and Path(args.init_from).is_dir():
+        if given.get("preset") != "5b":
+            raise UserError(f"--init_from {args.init_from}: a folder is taken for CogVideoX's weights; add --preset 5b, or name a model.safetensors")
+        row = dataclasses.asdict(cogvideox_config(args.init_from, given.get("layer", Config.layer), {}))
+    config = Config(**{**row, **given})
+    for name in "depth heads head_width patch mini_batch scan_checkpoint text_len micro_batch".split():
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 1 is needed")
     if config.head_width % 16:
@@ -1269,8 +1404,9 @@ def pick_device(name=None):
     return device
 
 
-def seconds_a_token(config, device, batch=8):
+def seconds_a_token(config, device):
     """Time a training step of 3-second clips, to announce how long a run will take."""
+    batch = config.micro_batch
     model = DiT(config).to(device)
     text = torch.zeros(batch, 1, config.text_len, config.text_dim, device=device)
     latents = torch.zeros(batch, 13, config.channels, config.height, config.width, device=device)
@@ -1292,10 +1428,10 @@ def print_plan(config, stages, todo, start, device, episodes):
     total = WORLD_SECONDS * episodes
     rate = {}
     for name in todo:
-        stage, paper = stages[name], STAGES[name]
+        stage, paper = stages[name], STAGES[name]             # pretrain is not the paper's
         own = dataclasses.replace(config, layer=layer_of(config, name))
         if own.layer not in rate:
-            rate[own.layer] = seconds_a_token(own, device) if config.preset == "pocket" else math.nan
+            rate[own.layer] = seconds_a_token(own, device) if config.preset != "5b" else math.nan
         tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
         seconds = rate[own.layer] * tokens * (stage.steps * stage.batch + 30)         # a sample reads its video 99 times, forward only
         total += seconds
@@ -1308,13 +1444,13 @@ def print_plan(config, stages, todo, start, device, episodes):
         print(f"starts from {start}\n")
 
 
-def open_runs(data, segments, config, encoders):
+def open_runs(data, segments, config):
     """The training videos, if they fit this run."""
-    runs = dataset.Runs(data, segments, encoders)
-    made = runs.index["latents"] + runs.index["text"]
-    wanted = [13, config.channels, config.height, config.width, config.text_len, config.text_dim]
-    if made != wanted:
-        raise UserError(f"{data} holds latents and texts of sizes {made}, this run wants {wanted}; ingest the videos again")
+    runs = dataset.Runs(data, segments)
+    sizes = dict(zip(("channels", "height", "width", "text_len", "text_dim"), runs.index["latents"][1:] + runs.index["text"]))
+    flags = " ".join(f"--{name} {value}" for name, value in sizes.items() if value != getattr(config, name))
+    if flags:
+        raise UserError(f"{data} holds latents and texts of other sizes than this run's; ingest the videos again, or add {flags}")
     return runs
 
 
@@ -1334,6 +1470,28 @@ def find_start(args, config, chain):
     return None, chain
 
 
+def check_5b(args, start, todo):
+    """Preset 5b makes nothing by itself: weights and data are the user's."""
+    if args.stage == "3s" and not start:
+        raise UserError("stage 3s of preset 5b starts from CogVideoX-5B's weights; name their folder with --init_from FOLDER")
+    if todo[:1] not in ([], [args.stage]) or todo and not start:
+        raise UserError(f"stage {args.stage} starts from the stage before it, and {todo[-2]} is not trained; "
+                        f"train it with --stage {todo[-2]}, or name weights with --init_from")
+    if todo and not args.data:
+        raise UserError("--data DIR is missing; make it with python dataset.py --ingest VIDEOS --out DIR --vae FOLDER --text_encoder FOLDER")
+
+
+def new_model(config, start, encoders):
+    """A network with the weights of `start`: an earlier stage, a folder of CogVideoX, or none."""
+    torch.manual_seed(config.seed)
+    if start and start.is_dir():
+        return DiT.from_cogvideox(start, **dataclasses.asdict(config))
+    model = DiT(config)
+    if start:
+        load_weights(model, start, encoders)
+    return model
+
+
 WORLD_SECONDS = 0.8                 # an episode of the pocket world on two cores, from drawing to latents
 
 
@@ -1348,7 +1506,10 @@ def main():
     parser.add_argument("--batch_size", type=int, help="videos a step, in place of the preset's")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="save what --resume needs every so many steps (default 100)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--init_from", metavar="FILE", help="weights to start the stage from, in place of the stage before it")
+    parser.add_argument("--init_from", metavar="PATH", help="weights to start the stage from, in place of the stage before it: a "
+                        "model.safetensors, or with --preset 5b CogVideoX's folder")
+    parser.add_argument("--vae", metavar="FOLDER", help="CogVideoX's VAE, to end a stage on real videos with a video")
+    parser.add_argument("--vae_scale", type=float, metavar="X", help="the scale the videos were ingested with (default: the VAE's own)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted stage")
     parser.add_argument("--overwrite", action="store_true", help="train the stage again")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
@@ -1362,52 +1523,50 @@ def main():
 
     changes = {"steps": args.steps, "batch": args.batch_size}
     changes = {field: value for field, value in changes.items() if value}
-    stages = {name: dataclasses.replace(stage, **changes) for name, stage in stages_of(config.preset).items()}
+    stages = {name: dataclasses.replace(stage, **changes) for name, stage in PRESET_STAGES[config.preset].items()}
     if args.stage not in stages:
         raise UserError(f"--stage {args.stage}: preset {config.preset} has the stages {', '.join(stages)}")
     chain = list(stages)[:list(stages).index(args.stage) + 1]
     folders = {name: run_folder(args.out_dir, config, name) for name in chain}
     start, todo = find_start(args, config, chain)
-    data = Path(args.data) if args.data else Path(args.out_dir) / "pocket-world" / "latents"
-    episodes = 0 if args.data or (data / "index.json").exists() or not todo else args.episodes
+    size, text = (8 * config.height, 8 * config.width), (config.text_len, config.text_dim)
+    data = Path(args.data or Path(args.out_dir) / "pocket-world" / "latents-{}x{}".format(*size))
+    rendered = args.data or (data / "index.json").exists() or config.preset == "5b"
+    episodes = 0 if rendered or not todo else args.episodes
     if args.dry_run:
-        return print_plan(config, stages, todo or chain, start, device, episodes)
-
-    if config.preset != "pocket":
-        raise UserError(f"preset {config.preset} starts from the weights of CogVideoX, which this version cannot read yet; "
-                        "--dry_run prints its plan")
+        print_plan(config, stages, todo or chain, start if todo else None, device, episodes)
+        return print_cost(config, stages, todo or chain) if config.preset != "pocket" else None
+    if config.preset == "5b":
+        check_5b(args, start, todo)
     for name in todo:
         if saved_states(folders[name]) and not args.resume and not (args.overwrite and name == args.stage):
             raise UserError(f"stage {name} was interrupted; add --resume to go on, or --overwrite to start it again")
-    import sample
-    codec, text_encoder = dataset.PocketCodec(), dataset.PocketText(config.text_len, config.text_dim)
-    encoders = dataset.encoder_ids(codec, text_encoder)
-    if todo and args.data:
-        open_runs(data, stages[args.stage].segments, config, encoders)                   # a mistake should show before hours of work
     if todo:
         print_plan(config, stages, todo, start, device, episodes)
     if episodes:
-        videos = data.parent / "videos"
+        world = dataset.open_encoders(size=size, text=text)
+        videos = Path(args.out_dir) / "pocket-world" / "videos"
         dataset.render_world(videos, episodes)
-        dataset.ingest(videos, data, codec, text_encoder)
+        dataset.ingest(videos, data, *world)
+    import sample
+    runs = open_runs(data, stages[args.stage].segments, config) if todo or args.data else None      # a mistake should show before hours of work
+    made_with = runs.encoders if runs else read_checkpoint(start)[1]["encoders"]
+    codec, text_encoder = dataset.encoders_of(made_with, data if runs else start, args.vae, None, args.vae_scale, size, text, device)
 
     for name in todo:
         stage, folder = stages[name], folders[name]
-        runs = open_runs(data, stage.segments, config, encoders)
-        torch.manual_seed(config.seed)
-        model = DiT(dataclasses.replace(config, layer=layer_of(config, name))).to(device)
-        if start:
-            load_weights(model, start, encoders)
+        runs = open_runs(data, stage.segments, config)
+        model = new_model(dataclasses.replace(config, layer=layer_of(config, name)), start, runs.encoders).to(device)
         if args.overwrite and name == args.stage:
             shutil.rmtree(folder, ignore_errors=True)
         train(model, name, stage, runs, folder, args.checkpoint_every)
         start = folder / "model.safetensors"
         sample.plot_loss(folder)
-        sample.show_stage(model, folder, stage.segments, device)
+        sample.show_stage(model, folder, stage.segments, codec, text_encoder, runs)
     if not todo:
         print(f"stage {args.stage} is already trained ({folders[args.stage]}); --overwrite trains it again")
         model = load_checkpoint(start).to(device)
-        sample.show_stage(model, folders[args.stage], stages[args.stage].segments, device)
+        sample.show_stage(model, folders[args.stage], stages[args.stage].segments, codec, text_encoder, runs)
     print(f"done: {folders[args.stage]} holds {', '.join(sorted(path.name for path in folders[args.stage].iterdir()))}")
 
 
