@@ -26,10 +26,10 @@ Glossary: code (paper)
 
 Map
      1  Config, presets and stages        6  Attention inside a segment
-     2  Parts                             7  (kept for the linear recurrences)
+     2  Parts                             7  The other memories: a window, linear recurrences
      3  One sequence out of many segments 8  Gate, both directions, block, model, CogVideoX weights
      4  The inner loop (the heart)        9  Diffusion
-     5  The TTT layer                    10  Training in stages, the command line
+     5  The TTT layer                    10  Training in stages, the command line; before it P, what it costs
 """
 
 import argparse
@@ -111,6 +111,10 @@ class Config:
     @property
     def dim(self):                  # D
         return self.heads * self.head_width
+
+    @property
+    def window(self):               # W of sliding-window attention: 8192 of a segment's 17,776 tokens at 5b (section 4.1)
+        return max(1, round((self.text_len + math.prod(self.grid(1))) * 8192 / 17776))
 
     def grid(self, segments):       # (T, h, w) of a video, in tokens
         return 12 * segments + 1, self.height // self.patch, self.width // self.patch
@@ -713,11 +717,184 @@ class FullAttention(LocalAttention):
 
 
 # ----------------------------------------------------------------------------------------------------
+# 7. The other memories: a window, and linear recurrences (section 4.1)
+#
+# What the paper compares TTT with. Each has the same signature as TTT, layer(x [B, L, D] in scan order, layout) -> [B, L, D].
+# The two recurrences carry a matrix S where TTT carries a network, and update it by rules that need no gradient:
+#
+#     Mamba 2            S_t = e^(dt_t A) S_{t-1} + dt_t x_t B_t^T                                out_t = S_t C_t
+#     Gated DeltaNet     S_t = e^(g_t) S_{t-1} + beta_t k_t (v_t - k_t^T e^(g_t) S_{t-1})^T       out_t = q_t^T S_t
+#
+# The second is TTT-Linear without LayerNorm, with a mini-batch of one token and a decay: its bracket is the error of a linear f.
+# ----------------------------------------------------------------------------------------------------
+
+
+class SlidingWindow(LocalAttention):
+    """Attention to the last W tokens in scan order, itself included. W is the fraction of a segment that the paper's 8192 tokens are.
+
+    Queries come in blocks of W: each sees its own block and the one before, so memory is linear in L.
+    """
+
+    def forward(self, x, layout):
+        q, k, v = (rearrange(linear(x), "B L (H F) -> B H L F", H=self.config.heads) for linear in self.qkv)
+        rope = scan_rope(layout, self.config.head_width, self.config.rope_theta, x.device)
+        y = window_attention(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, self.config.window)
+        return self.out(rearrange(y, "B H L F -> B L (H F)"))
+
+
+def window_attention(q, k, v, window):
+    """Causal attention in which a token sees itself and the window - 1 before it: [B, H, L, F], each."""
+    B, L = q.shape[0], q.shape[2]
+    q, k, v = (rearrange(F.pad(y, (0, 0, 0, -L % window)), "B H (m W) F -> m B H W F", W=window) for y in (q, k, v))
+    first = F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True)
+    i = torch.arange(window, device=q.device)
+    band = torch.cat([i[None] > i[:, None], i[None] <= i[:, None]], dim=1)            # the block before, the own block: [W, 2W]
+    k, v = (torch.cat([y[:-1], y[1:]], dim=3).flatten(0, 1) for y in (k, v))          # [(m-1) B, H, 2W, F]
+    rest = F.scaled_dot_product_attention(q[1:].flatten(0, 1), k, v, attn_mask=band)
+    return rearrange(torch.cat([first, rest]), "(m B) H W F -> B H (m W) F", B=B)[:, :, :L]
+
+
+def in_chunks(x, chunk):
+    """[B, H, L, ...] -> [m, B, H, chunk, ...], zeros behind the end."""
+    after = (0, 0) * (x.ndim - 3) + (0, -x.shape[2] % chunk)
+    return F.pad(x, after).unflatten(2, (-1, chunk)).movedim(2, 0)
+
+
+def decays_within(g):
+    """Log decays g [..., C] of a chunk -> their running sum G, and e^(G_t - G_i) for i <= t, zero above the diagonal: [..., C, C]."""
+    G = g.cumsum(-1)
+    return G, torch.exp((G[..., :, None] - G[..., None, :]).tril()).tril()
+
+
+def gated_delta_rule(q, k, v, g, beta, chunk=64):
+    """Gated DeltaNet's recurrence (Yang et al., 2412.06464) in chunks, in fp32 (float64 for float64).
+
+    q, k [B, H, L, F], L2-normalised by the caller, q scaled by F^-1/2 here; v [B, H, L, V]; g log decay and beta [B, H, L].
+    Returns out [B, H, L, V] and the last state [B, H, F, V].
+
+    With u_t = beta_t (v_t - k_t^T e^(g_t) S_{t-1}), what a token writes, S_t = e^(G_t) S_0 + sum_{i<=t} e^(G_t - G_i) k_i u_i^T
+    inside a chunk. So the u solve a triangular system, (I + A) U = beta (V - e^G K S_0), A_ti = beta_t e^(G_t - G_i) k_t.k_i for i < t,
+    of which all but S_0 is known for all chunks at once.
+    """
+    L, dtype = q.shape[2], torch.promote_types(q.dtype, torch.float32)
+    q, k, v, g, beta = (in_chunks(x.to(dtype), chunk) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
+    G, decay = decays_within(g)                                                       # [m, B, H, C], [m, B, H, C, C]
+    A = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
+    grown = G.exp()[..., None]                                                        # e^(G_t)
+    known = torch.cat([beta[..., None] * v, beta[..., None] * grown * k], dim=-1)
+    U, UK = torch.linalg.solve_triangular(A + torch.eye(chunk, dtype=dtype, device=q.device), known, upper=False,
+                                          unitriangular=True).split([v.shape[-1], k.shape[-1]], dim=-1)
+    scores, q, k = (q @ k.mT) * decay, q * grown, k * (G[..., -1:] - G).exp()[..., None]
+    S, out = torch.zeros(*k.shape[1:3], k.shape[-1], v.shape[-1], dtype=dtype, device=q.device), []
+    for t in range(len(q)):
+        u = U[t] - UK[t] @ S
+        out.append(q[t] @ S + scores[t] @ u)
+        S = grown[t, :, :, -1:] * S + k[t].mT @ u
+    return rearrange(torch.stack(out), "m B H C V -> B H (m C) V")[:, :, :L], S
+
+
+def ssd(x, dt, A, Bm, Cm, chunk=64):
+    """Mamba 2's recurrence (Dao & Gu, 2405.21060) in chunks, in fp32 (float64 for float64), without the skip.
+
+    x [B, H, L, P]; dt [B, H, L] after softplus; A [H], negative; Bm, Cm [B, G, L, N], each group serving H / G heads.
+    Returns out [B, H, L, P] and the last state [B, H, P, N].
+    """
+    groups, L, dtype = Bm.shape[1], x.shape[2], torch.promote_types(x.dtype, torch.float32)
+    x, dt, Bm, Cm = (in_chunks(y.to(dtype), chunk).unflatten(2, (groups, -1)) for y in (x, dt, Bm, Cm))      # [m, B, G, H/G or 1, C, ...]
+    G, decay = decays_within(dt * A.unflatten(0, (groups, -1))[..., None])
+    x = dt[..., None] * x
+    within = ((Cm @ Bm.mT) * decay) @ x                                               # what a chunk tells itself
+    grown, x = G.exp()[..., None], x * (G[..., -1:] - G).exp()[..., None]
+    S, out = torch.zeros(*x.shape[1:4], x.shape[-1], Bm.shape[-1], dtype=dtype, device=x.device), []
+    for t in range(len(x)):
+        out.append(within[t] + grown[t] * (Cm[t] @ S.mT))
+        S = grown[t, ..., -1:, :] * S + x[t].mT @ Bm[t]
+    return rearrange(torch.stack(out), "m B G h C P -> B (G h) (m C) P")[:, :, :L], S.flatten(1, 2)
+
+
+class ShortConvolution(nn.Conv1d):
+    """Each channel sees itself in the last four tokens, then SiLU: [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, width, bias):
+        super().__init__(width, width, kernel_size=4, groups=width, padding=3, bias=bias)
+
+    def forward(self, x):
+        return F.silu(super().forward(x.mT)[..., :x.shape[1]].mT)
+
+
+def rms_norm(x, weight, eps=1e-5):
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def decay_rates(heads):
+    """A and the bias of dt, as published: A in 1 .. 16, softplus(bias) log-uniform in 0.001 .. 0.1."""
+    dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+    return nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+
+
+class Mamba2(nn.Module):
+    """Mamba 2's block: width 2D, heads of F, state N = 2F, one group. Its state is 2D x 2F numbers, four times TTT-Linear's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.inner, self.heads, self.state = 2 * config.dim, 2 * config.heads, 2 * config.head_width
+        self.widths = [self.inner, self.inner + 2 * self.state, self.heads]           # gate z; x, B, C; dt
+        self.in_proj = nn.Linear(config.dim, sum(self.widths), bias=False)
+        self.conv = ShortConvolution(self.widths[1], bias=True)
+        self.A_log, self.dt_bias = decay_rates(self.heads)
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = nn.Parameter(torch.ones(self.inner))
+        self.out = nn.Linear(self.inner, config.dim, bias=False)
+        for linear in self.in_proj, self.out:
+            nn.init.normal_(linear.weight, std=config.ttt_proj_std)
+
+    def forward(self, x, layout):
+        z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
+        u, Bm, Cm = self.conv(xBC).split([self.inner, self.state, self.state], dim=-1)
+        u = rearrange(u, "B L (H P) -> B H L P", H=self.heads)
+        dt = rearrange(F.softplus(dt.float() + self.dt_bias), "B L H -> B H L")
+        with torch.autocast(x.device.type, enabled=False):
+            y, _ = ssd(u, dt, -self.A_log.float().exp(), Bm[:, None], Cm[:, None])
+        y = rearrange(y + self.D[:, None, None] * u, "B H L P -> B L (H P)")
+        return self.out(rms_norm(y * F.silu(z.float()), self.norm).to(x.dtype))
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet's block: half of H heads, or H where it is odd; keys D wide, values 2D. With half of them its state is as large as
+    Mamba 2's."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.dim
+        self.heads = config.heads // 2 if config.heads % 2 == 0 else config.heads
+        self.widths = [D, D, 2 * D]                                                   # q, k, v
+        self.qkv = nn.Linear(D, sum(self.widths), bias=False)
+        self.conv = ShortConvolution(sum(self.widths), bias=False)
+        self.rates = nn.Linear(D, 2 * self.heads, bias=False)                         # of decay and of writing
+        self.A_log, self.dt_bias = decay_rates(self.heads)
+        self.gate = nn.Linear(D, 2 * D, bias=False)
+        self.norm = nn.Parameter(torch.ones(2 * D // self.heads))
+        self.out = nn.Linear(2 * D, D, bias=False)
+        for linear in self.qkv, self.rates, self.gate, self.out:
+            nn.init.normal_(linear.weight, std=config.ttt_proj_std)
+
+    def forward(self, x, layout):
+        q, k, v = (rearrange(y, "B L (H F) -> B H L F", H=self.heads) for y in self.conv(self.qkv(x)).split(self.widths, dim=-1))
+        q, k = (y * torch.rsqrt(y.float().square().sum(-1, keepdim=True) + 1e-6) for y in (q, k))
+        step, beta = rearrange(self.rates(x).float(), "B L (two H) -> two B H L", two=2)
+        g = -self.A_log.float().exp()[:, None] * F.softplus(step + self.dt_bias[:, None])
+        with torch.autocast(x.device.type, enabled=False):
+            y, _ = gated_delta_rule(q, k, v, g, beta.sigmoid())
+        y = rearrange(rms_norm(y, self.norm), "B H L V -> B L (H V)") * F.silu(self.gate(x).float())
+        return self.out(y.to(x.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------
 # 8. Gate, both directions, block, model
 # ----------------------------------------------------------------------------------------------------
 
 # What carries memory across segments. Every class has the signature TTT has: layer(x, layout) -> y, [B, L, D] in scan order.
-LAYERS = {"local": None, "full": None, "ttt_linear": TTT, "ttt_mlp": TTT}
+LAYERS = {"local": None, "full": None, "swa": SlidingWindow, "ttt_linear": TTT, "ttt_mlp": TTT, "mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
 
 
 class Gate(nn.Module):
@@ -995,30 +1172,53 @@ PAPER_TOKENS = {"3s": 18048, "9s": 51456, "18s": 99894, "30s": 168320, "63s": 34
 H100_FLOPS, USED = 989e12, 0.4      # bf16, dense; the fraction that we assume a run reaches
 # Bytes alive at once in a block, in units of one bf16 tensor [L, D]: in a training step, and in sampling. Counted on the CPU
 # by PeakMemory of test_ttt.py.
-ALIVE = {"local": (33, 15), "full": (33, 14), "ttt_linear": (80, 21), "ttt_mlp": (84, 22)}
+ALIVE = {"local": (33, 15), "full": (33, 14), "swa": (67, 18), "ttt_linear": (80, 21), "ttt_mlp": (84, 22), "mamba2": (193, 41),
+         "gated_deltanet": (210, 50)}
+
+
+def layer_flops(config):
+    """FLOPs of a global layer for one token: (its linear maps and convolutions, the rest)."""
+    D, H, width, C = config.dim, config.heads, config.head_width, 64                     # C, the chunk of the recurrences
+    heads = H // 2 if H % 2 == 0 else H                                               # of Gated DeltaNet
+    K, V = D // heads, 2 * D // heads
+    return {"swa": (8 * D ** 2, 8 * config.window * D),
+            "ttt_linear": (8 * D ** 2 + 2 * D * H, 3 * 2 * width * D),                # products of F x F, section 4
+            "ttt_mlp": (8 * D ** 2 + 2 * D * H, 7 * 8 * width * D),
+            "mamba2": (2 * D * (6 * D + 4 * width + 2 * H) + 8 * (2 * D + 4 * width), 4 * C * width + 2 * H * (2 * C * width + 8 * width ** 2)),
+            "gated_deltanet": (2 * D * (8 * D + 2 * heads) + 32 * D, heads * (5 * C * K + 3 * C * V + 6 * K * V))}.get(config.layer, (0, 0))
+
+
+def state_size(config):
+    """Numbers that a global layer carries from token to token."""
+    D, width = config.dim, config.head_width
+    heads = config.heads // 2 if config.heads % 2 == 0 else config.heads
+    return {"swa": 2 * D * config.window, "ttt_linear": D * (width + 1), "ttt_mlp": D * (8 * width + 5), "mamba2": 4 * D * width,
+            "gated_deltanet": 2 * D ** 2 // heads}.get(config.layer, 0)
 
 
 def forward_flops(config, segments):
     """FLOPs of one video through the network, by part; a multiplication and its addition are two."""
     layout = Layout(segments, config.text_len, config.grid(segments))
-    L, D, width, frame = layout.tokens, config.dim, config.head_width, math.prod(layout.grid[1:])
+    L, D, frame = layout.tokens, config.dim, math.prod(layout.grid[1:])
     scores = L ** 2 if config.layer == "full" else segments * (config.text_len + 13 * frame) ** 2
-    padded = math.ceil(L / config.mini_batch) * config.mini_batch
-    products = {"ttt_linear": 3, "ttt_mlp": 7 * 4}.get(config.layer, 0)                  # of F x F a token and head, section 4
+    maps, scan = layer_flops(config)
+    step = {"swa": config.window, "ttt_linear": config.mini_batch, "ttt_mlp": config.mini_batch}.get(config.layer, 64)
+    padded = math.ceil(L / step) * step
     pixels = config.channels * config.patch ** 2
     return {"maps of attention": config.depth * L * 8 * D ** 2,
             "attention": config.depth * 4 * scores * D,
             "MLPs": config.depth * L * 16 * D ** 2,
-            "maps of TTT": config.depth * 2 * L * 2 * (4 * D ** 2 + D * config.heads) * (products > 0),
-            "scan of TTT": config.depth * 2 * padded * D * products * 2 * width,
+            "maps of layer": config.depth * 2 * L * maps,
+            "scan of layer": config.depth * 2 * padded * scan,
             "the rest": 2 * D * (layout.text_tokens * config.text_dim + 2 * (L - layout.text_tokens) * pixels)
             + 2 * config.time_dim * (D * (12 * config.depth + 3) + config.time_dim)}
 
 
 def step_flops(config, stage):
     """The same for one video of a training step: forward, recomputed, backward. What is frozen needs no gradient of its own."""
-    backward = {"maps of attention": 2, "attention": 2.5, "MLPs": 2 if stage.everything else 1, "maps of TTT": 2, "scan of TTT": 3,
-                "the rest": 2 if stage.everything else 1}
+    replayed = config.layer in ("ttt_linear", "ttt_mlp")      # the scan's backward pass computes the states again
+    backward = {"maps of attention": 2, "attention": 2.5, "MLPs": 2 if stage.everything else 1, "maps of layer": 2,
+                "scan of layer": 3 if replayed else 2, "the rest": 2 if stage.everything else 1}
     forward = forward_flops(config, stage.segments)
     return {part: flops * (1 + config.recompute + backward[part]) for part, flops in forward.items()}
 
@@ -1420,7 +1620,7 @@ def seconds_a_token(config, device):
 
 def print_plan(config, stages, todo, start, device, episodes):
     minutes = lambda seconds: f"{seconds / 60:7.1f} min" if seconds == seconds else f"{'not known':>11}"
-    print(f"{config.preset}, layer {config.layer}, on {device} with {torch.get_num_threads()} threads."
+    print(f"{config.preset}, layer {config.layer} (state of {state_size(config):,} numbers a block), on {device} with {torch.get_num_threads()} threads."
           " Paper's numbers in brackets (Table 2).\n")
     print(f"{'stage':<9} {'segments':>8} {'tokens':>8} {'steps x batch':>22} {'lr of new / rest':>36} {'expected':>9}")
     if episodes:
