@@ -355,7 +355,7 @@ def plan_rooms(rng, segments):
         returns = len(rooms) == 2 or len(rooms) > 2 and rng.random() < 0.7
         room = rooms[-2] if returns else pick(rng, [room for room in ROOMS if room not in rooms[-2:]])
         needed = max(2 - len(rooms), 0) if segments >= 3 else 0             # segments kept for the return
-        length = min(rng.choice([1, 2, 3], p=[0.76, 0.16, 0.08]), segments - first - needed)
+        length = min(rng.choice([1, 2, 3], p=[0.9, 0.07, 0.03]), segments - first - needed)
         scenes.append((room, int(length)))
         first += length
     return scenes
@@ -620,17 +620,22 @@ def sprite(who, colour, pose, right):
     return canvas.rgba[..., :3], 1 - canvas.rgba[..., 3:] / 255
 
 
+def paste(picture, drawing, colours):
+    """Draws everybody into a picture uint8 [128, 192, 3], in place: {who: (x, y, pose, facing right)} in {who: colour}."""
+    for who in sorted(drawing):                                               # Pip is smaller and in front
+        x, y, pose, right = drawing[who]
+        paint, clear = sprite(who, colours[who], pose, right)
+        top, left = round(y * HEIGHT - FEET_AT[0]), round(x * HEIGHT - FEET_AT[1])
+        under = picture[top:top + len(paint), left:left + len(paint[0])]
+        under[:] = under * clear + paint + 0.5
+
+
 def render_scene(episode, scene, shrink=1):
     """One scene as it is shot, uint8 [48 segments + 1, 128, 192, 3]: one frame of its first drawing, four of each other."""
     background = draw_background(scene.room, episode.rooms[scene.room])
     pictures = repeat(background, "h w c -> t h w c", t=len(scene.drawings)).copy()
     for picture, drawing in zip(pictures, scene.drawings):
-        for who in sorted(drawing):                                           # Pip is smaller and in front
-            x, y, pose, right = drawing[who]
-            colours, clear = sprite(who, episode.colours[who], pose, right)
-            top, left = round(y * HEIGHT - FEET_AT[0]), round(x * HEIGHT - FEET_AT[1])
-            under = picture[top:top + len(colours), left:left + len(colours[0])]
-            under[:] = under * clear + colours + 0.5
+        paste(picture, drawing, episode.colours)
     if shrink > 1:
         pictures = reduce(pictures + 0.5, "t (h a) (w b) c -> t h w c", "mean", a=shrink, b=shrink).astype(np.uint8)
     return repeat(pictures, "t h w c -> (t fours) h w c", fours=FOURS)[FOURS - 1:]

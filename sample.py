@@ -7,13 +7,18 @@
 Writes the video as mp4 and GIF, and a contact sheet as PNG: a row a scene, each frame with its time.
 """
 
+import dataclasses
+import functools
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
 from tqdm import tqdm
 
 import dataset
@@ -193,7 +198,173 @@ def show_stage(model, folder, segments, codec, text_encoder, runs):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. The command line
+# 3. Evaluation: the paper's four axes (4.2), measured in pixels
+#
+# The pocket world is drawn from known shapes, so a video of it can be read back: which room, wall and furniture the median
+# picture of a segment fits best, and which sprite, in which pose and colour, fits best where in every drawing.
+# ----------------------------------------------------------------------------------------------------
+
+AXES = ("text following", "motion naturalness", "aesthetics", "temporal consistency")
+POSES = ["stand", "air"] + [f"{verb}{phase}" for verb in ("walk", "wave") for phase in range(4)]
+THERE = 0.035               # mean squared error (of 0 ... 1) below which a sprite counts as seen
+LIKE = 0.12                 # error of a pixel, of 0 ... 1, up to which it counts as drawn in the world's colours and edges
+
+
+@dataclass(frozen=True)
+class Track:
+    """A character in the 12 drawings of a segment: feet in picture heights [12], poses, how well it fits [12], its colour."""
+    x: np.ndarray
+    y: np.ndarray
+    poses: list
+    sides: list
+    error: np.ndarray
+    colour: str
+
+    @property
+    def there(self):
+        return float(np.mean(self.error < THERE)) > 0.5
+
+    def deed(self):
+        """(verb, from, to), as the text would say it."""
+        start, end = (min(dataset.PLACES, key=lambda place: abs(dataset.PLACES[place] - x)) for x in (self.x[0], self.x[-1]))
+        if start != end:
+            done = np.abs(self.x - self.x[0]) > 0.85 * abs(self.x[-1] - self.x[0])
+            return "run" if {start, end} == {"left", "right"} or done.argmax() < 8 else "walk", start, end
+        if self.y.max() - self.y.min() > 0.07:
+            return "jump", start, end
+        return "wave" if sum(pose.startswith("wave") for pose in self.poses) > 3 else "stand", start, end
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a segment shows: the room, its hidden attributes, and everybody who might be there."""
+    room: str
+    hidden: dataset.Room
+    tracks: dict                # who -> Track
+    like: float                 # fraction of pixels as the world would draw what was seen
+
+
+def half(pictures):
+    """float32 [..., h, w, c] at half the size."""
+    return reduce(np.float32(pictures), "... (h a) (w b) c -> ... h w c", "mean", a=2, b=2)
+
+
+@functools.lru_cache(maxsize=None)
+def backgrounds():
+    """Every room with every wall and furniture, float [rooms, walls, furniture, colours, 64, 96, 3] of 0 ... 1."""
+    rooms = [[[[dataset.draw_background(name, dataset.Room(wall, kind, colour)) for colour in dataset.FURNITURE_COLOURS]
+               for kind in dataset.FURNITURE] for wall in dataset.WALL_COLOURS] for name in dataset.ROOMS]
+    return half(rooms) / 255
+
+
+def read_room(frames):
+    """The room that the median of uint8 frames [n, 64, 96, 3] fits best: (name, dataset.Room)."""
+    picture, known = np.median(frames, axis=0) / 255, backgrounds()
+    error = np.abs(known - np.float32(picture)).clip(max=0.3).mean(axis=(-3, -2, -1))         # characters count little
+    room, wall, kind, colour = np.unravel_index(error.argmin(), error.shape)
+    return list(dataset.ROOMS)[room], dataset.Room(list(dataset.WALL_COLOURS)[wall], dataset.FURNITURE[kind], list(dataset.FURNITURE_COLOURS)[colour])
+
+
+@functools.lru_cache(maxsize=None)
+def sprites(who):
+    """All sprites of a character at half size: keys (colour, pose, right), colours [K, 3, 40, 32] and masks [K, 1, 40, 32]."""
+    keys = [(colour, pose, right) for colour in dataset.CHARACTER_COLOURS for pose in POSES for right in (False, True)]
+    drawn = [dataset.sprite(who, *key) for key in keys]
+    paint, clear = (np.pad(np.stack(x), ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=fill) for x, fill in zip(zip(*drawn), (0, 1)))
+    paint, clear = (reduce(torch.from_numpy(x).float(), "k (h a) (w b) c -> k c h w", "mean", a=2, b=2) for x in (paint / 255, clear))
+    mask = (clear < 0.5).float()
+    return keys, paint / (1 - clear).clamp_min(0.5) * mask, mask
+
+
+@torch.no_grad()
+def read_track(frames, who, open_view):
+    """The sprite that fits best in each of uint8 frames [n, 64, 96, 3], its colour the same in all of them: a Track.
+
+    `open_view` [n, 64, 96] is 0 where somebody else stands in front: these pixels say nothing.
+    """
+    keys, paint, mask = sprites(who)
+    top, colours = 4, len(dataset.CHARACTER_COLOURS)          # rows above are never reached
+    picture = rearrange(torch.from_numpy(frames[:, top:]).float() / 255, "n h w c -> n c h w")
+    view = F.pad(torch.from_numpy(open_view[:, None, top:]), (8, 8, 0, 4))
+    picture = F.pad(picture, (8, 8, 0, 4)) * view
+    # Sum over a sprite's visible pixels of (picture - paint)^2, for all sprites and places at once.
+    energy = F.conv2d(picture.square().sum(1, keepdim=True), mask[:len(mask) // colours]).repeat(1, colours, 1, 1)
+    pixels = F.conv2d(view, mask[:len(mask) // colours]).repeat(1, colours, 1, 1)
+    error = energy - 2 * F.conv2d(picture, paint) + F.conv2d(view, paint.square().sum(1, keepdim=True))
+    error = torch.where(pixels > 0.3 * mask.sum((1, 2, 3))[:, None, None], error / (3 * pixels), 1.0)         # [n, K, y, x]
+    best = rearrange(error, "n (colour k) y x -> colour n (k y x)", colour=colours).min(-1)
+    colour = best.values.clamp(max=2 * THERE).mean(1).argmin().item()
+    width, height = error.shape[-1], error.shape[-2]
+    k, place = np.divmod(best.indices[colour].numpy(), width * height)
+    y, x = np.divmod(place, width)
+    found = [keys[colour * 2 * len(POSES) + i] for i in k]
+    feet_y, feet_x = dataset.FEET_AT
+    return Track((2 * (x - 8) + feet_x) / dataset.HEIGHT, (2 * (y + top) + feet_y) / dataset.HEIGHT, [pose for _, pose, _ in found],
+                 [right for _, _, right in found], best.values[colour].numpy(), keys[colour * 2 * len(POSES)][0])
+
+
+def read_segment(frames):
+    """uint8 frames [48, 64, 96, 3] -> Seen."""
+    room, hidden = read_room(frames)
+    drawings = frames[1::4]                                   # one of the four frames of every drawing
+    size = len(drawings), dataset.HEIGHT, dataset.WIDTH, 3
+    white, drawn, tracks = np.full(size, 255, np.uint8), repeat(dataset.draw_background(room, hidden), "h w c -> n h w c", n=size[0]).copy(), {}
+    for who in sorted(dataset.CHARACTERS, reverse=True):      # Pip is in front
+        black = np.zeros(size, np.uint8)
+        for t, other in ((t, other) for t in range(size[0]) for other in tracks):
+            paste_track(black[t], tracks, other, t)
+            paste_track(white[t], tracks, other, t)
+        tracks[who] = read_track(drawings, who, np.float32(half(white)[..., 0] - half(black)[..., 0] > 128))
+    for t, who in ((t, who) for t in range(size[0]) for who in sorted(tracks)):
+        paste_track(drawn[t], tracks, who, t)
+    return Seen(room, hidden, tracks, float(np.mean(np.abs(half(drawn) - drawings).mean(-1) / 255 < LIKE)))
+
+
+def paste_track(picture, tracks, who, t):
+    """Draws a character where it was seen in drawing t, if it was."""
+    track = tracks[who]
+    if track.error[t] < THERE:
+        dataset.paste(picture, {who: (track.x[t], track.y[t], track.poses[t], track.sides[t])}, {who: track.colour})
+
+
+def evaluate(frames, episode):
+    """The four axes of a video of a held-out episode, uint8 [48 S + 1, 64, 96, 3], and its returns.
+
+    Returns ({axis: score in 0 ... 1}, [(segments since the first appearance, fraction of hidden attributes that came back)]).
+    """
+    seen = [read_segment(frames[SEGMENT * i + 1:SEGMENT * (i + 1) + 1]) for i in range(len(episode.segments))]
+    text, motion, returns, first = [], [], [], {}
+    for scene in episode.scenes:
+        for i in range(scene.first, scene.first + scene.segments):
+            now, truth = seen[i], scene.drawings[dataset.DRAWINGS * (i - scene.first) + 1:][:dataset.DRAWINGS]
+            right = [now.room == scene.room]
+            for who, track in now.tracks.items():
+                right.append(track.there == (who in scene.cast))
+                if who in scene.cast:
+                    x, y, poses, sides = zip(*[drawing[who] for drawing in truth])
+                    wanted = Track(np.array(x), np.array(y), list(poses), list(sides), np.zeros(len(x)), "").deed()
+                    right += [track.there and did == meant for did, meant in zip(track.deed(), wanted)]
+                    motion.append(natural(track))
+            text.append(np.mean(right))
+            shown = {scene.room: dataclasses.astuple(now.hidden)} | {who: (now.tracks[who].colour,) for who in scene.cast if now.tracks[who].there}
+            for what, attributes in shown.items():
+                then, before = first.setdefault(what, (i, attributes))
+                if then < i:
+                    returns.append((i - then, float(np.mean([a == b for a, b in zip(attributes, before)]))))
+    scores = np.mean(text), np.mean(motion), np.mean([now.like for now in seen]), np.mean([same for _, same in returns]) if returns else math.nan
+    return dict(zip(AXES, map(float, scores))), returns
+
+
+def natural(track):
+    """Fraction of the steps between drawings in which a character neither vanishes, nor jumps farther than it can run, nor jitters."""
+    there, step = track.error < THERE, np.diff(track.x)
+    back = np.append(False, (step[1:] * step[:-1] < 0) & (np.minimum(np.abs(step[1:]), np.abs(step[:-1])) > 0.02))
+    far = (np.abs(step) > 0.11) | (np.abs(np.diff(track.y)) > 0.12)
+    return np.mean(there[1:] & there[:-1] & ~far & ~back)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. The command line
 # ----------------------------------------------------------------------------------------------------
 
 

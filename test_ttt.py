@@ -36,7 +36,8 @@ from ttt_minute import (STAGES, TTT, Config, DiT, FullAttention, Layout, LocalAt
                         gelu_derivatives, is_new, load_checkpoint, lr_at, make_optimizers, rope_table, rotate, scan_order, scan_rope,
                         step_autograd, trains, ttt_scan)
 
-TINY = Config(channels=4, height=4, width=6, text_len=3, text_dim=8, depth=2, heads=2, head_width=16, time_dim=16, mini_batch=8, eta_mlp=3.0)
+TINY = Config(channels=4, height=4, width=6, text_len=3, text_dim=8, depth=2, heads=2, head_width=16, time_dim=16, mini_batch=8, eta_mlp=3.0,
+              gate_init=0.1)
 
 
 def relative(x, y):

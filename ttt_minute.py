@@ -86,15 +86,15 @@ class Config:
     rope_theta: float = 10000.0
 
     # The inner loop (sections 2.3 and 3.4). A small world has few inner steps, so it needs bolder ones
-    # than the paper's b = 64, eta 0.1, std 0.02, which assume the 5,337 mini-batches of a minute at 5b.
-    mini_batch: int = 32            # b
-    eta_mlp: float = 6.0            # eta_base of TTT-MLP
+    # than the paper's eta 0.1 and std 0.02, which assume the 5,337 mini-batches of a minute at 5b.
+    mini_batch: int = 64            # b
+    eta_mlp: float = 12.0           # eta_base of TTT-MLP
     eta_linear: float = 1.0         # eta_base of TTT-Linear
     ttt_std: float = 0.2            # standard deviation of the initial W1 and W2
     ttt_proj_std: float = 0.09      # of the linear maps around the scan: 1/sqrt(D), as the paper's 0.02 is at D = 3072
     ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
     scan_checkpoint: int = 4        # the backward pass of the scan keeps W every so many mini-batches
-    gate_init: float = 0.1          # alpha and beta at the start (eq 6)
+    gate_init: float = 0.3          # alpha and beta at the start (eq 6)
     backend: str = "auto"           # of ttt_scan: auto, torch, dual or autograd
 
     # Training (appendix A)
@@ -120,12 +120,12 @@ class Config:
         return 12 * segments + 1, self.height // self.patch, self.width // self.patch
 
 
-PAPER = dict(mini_batch=64, scan_checkpoint=16, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, ttt_proj_std=0.02, snr_shift=1.0)
+PAPER = dict(scan_checkpoint=16, gate_init=0.1, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, ttt_proj_std=0.02, snr_shift=1.0)
 
 PRESETS = {
     "pocket": dict(),
     "small": dict(height=16, width=24, depth=12, heads=8, head_width=64, time_dim=512,
-                  ttt_std=0.05, ttt_proj_std=0.04, eta_mlp=1.0, mini_batch=64, micro_batch=1, recompute=True),
+                  ttt_std=0.05, ttt_proj_std=0.04, eta_mlp=1.0, micro_batch=1, recompute=True),
     "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64, time_dim=512,
                micro_batch=1, recompute=True, **PAPER),
 }
@@ -144,6 +144,7 @@ class Stage:
     schedule_rest: str = "constant"
     everything: bool = False        # train all parameters; else only TTT, gates and local attention (QKVO and its norms)
     lr_muon: float = 0.0            # > 0: matrices of the blocks learn by Muon instead of AdamW, at this rate
+    noise: tuple = (0.0, 1.0)       # diffusion timesteps are drawn from this part of 0 .. 999
 
 
 STAGES = {
@@ -158,22 +159,25 @@ LR_END = 1e-5                       # where the cosine schedule ends
 # A small network learns with larger steps, and a laptop affords fewer of them. "pretrain" stands in for
 # CogVideoX-5B: 3-second clips, layer "local", shared by all layers; its weights ship in assets/. It is not part of the
 # paper's recipe, so it may use Muon, which learns faster than AdamW here.
+# DIFF: stages longer than a segment train at high noise only, where the colours of a scene are decided. With less noise a scene shows
+# its own colours, with more no scene shows any: only in between does another scene have something to tell.
+RETURNS = dict(schedule_new="cosine", schedule_rest="cosine", noise=(0.8, 0.96))
 POCKET_STAGES = {
     "pretrain": Stage(1, 4000, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
-    "3s": Stage(1, 160, 8, 2e-3, 5e-4, "cosine", "cosine", everything=True),
-    "9s": Stage(3, 560, 4, 1e-3, 5e-4, "cosine", "cosine"),
-    "18s": Stage(6, 240, 2, 5e-4, 2e-4, "cosine", "cosine"),
-    "30s": Stage(10, 160, 2, 5e-4, 2e-4, "cosine", "cosine"),
-    "63s": Stage(21, 320, 1, 5e-4, 2e-4, "cosine", "cosine"),
+    "3s": Stage(1, 100, 8, 3e-3, 5e-4, "cosine", "cosine", everything=True),
+    "9s": Stage(3, 680, 4, 3e-3, 5e-4, **RETURNS),
+    "18s": Stage(6, 240, 2, 2e-3, 3e-4, **RETURNS),
+    "30s": Stage(10, 160, 2, 1e-3, 2e-4, **RETURNS),
+    "63s": Stage(21, 320, 1, 1e-3, 2e-4, **RETURNS),
 }
 # The preset in between starts from nothing too, and has a GPU. Not yet run on one: these numbers are a first guess.
 SMALL_STAGES = {
     "pretrain": Stage(1, 20000, 32, 1e-3, 1e-3, "cosine", "cosine", everything=True, lr_muon=0.02),
     "3s": Stage(1, 1000, 32, 1e-3, 2e-4, "cosine", "cosine", everything=True),
-    "9s": Stage(3, 3000, 16, 5e-4, 2e-4, "cosine", "cosine"),
-    "18s": Stage(6, 1000, 8, 2e-4, 1e-4, "cosine", "cosine"),
-    "30s": Stage(10, 500, 8, 2e-4, 1e-4, "cosine", "cosine"),
-    "63s": Stage(21, 500, 4, 2e-4, 1e-4, "cosine", "cosine"),
+    "9s": Stage(3, 3000, 16, 5e-4, 2e-4, **RETURNS),
+    "18s": Stage(6, 1000, 8, 2e-4, 1e-4, **RETURNS),
+    "30s": Stage(10, 500, 8, 2e-4, 1e-4, **RETURNS),
+    "63s": Stage(21, 500, 4, 2e-4, 1e-4, **RETURNS),
 }
 PRESET_STAGES = {"pocket": POCKET_STAGES, "small": SMALL_STAGES, "5b": STAGES}      # name -> Stage, in their order
 STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | STAGES
@@ -898,7 +902,7 @@ LAYERS = {"local": None, "full": None, "swa": SlidingWindow, "ttt_linear": TTT, 
 
 
 class Gate(nn.Module):
-    """tanh(alpha) * y, alpha a vector for text and one for video tokens, all 0.1 at the start (eq 6).
+    """tanh(alpha) * y, alpha a vector for text and one for video tokens, all gate_init at the start (eq 6).
     DIFF: the paper has one alpha; its code has these two."""
 
     def __init__(self, config):
@@ -1457,7 +1461,7 @@ def draw(runs, stage, config, name, step):
     """Yields the batch of a step in micro-batches: latents, text, t, noise. Seed, stage and step decide everything, so a
     resumed run needs no random state: it draws what the undisturbed run would have drawn.
 
-    DIFF: t is uniform in 0 .. 999 as in the paper, but the t of successive samples are a golden section apart, so that
+    DIFF: t is uniform in 0 .. 999 as in the paper (or in a stage's part of it), but the t of successive samples are a golden section apart, so that
     small batches see all noise levels equally often and the loss is less noisy (after Kingma et al., 2107.00630).
     """
     seed = config.seed * 1_000_003 + list(STAGES).index(name) * 100_003
@@ -1466,6 +1470,7 @@ def draw(runs, stage, config, name, step):
     items = torch.randint(len(runs), (stage.batch,), generator=generator)
     keep = torch.rand(stage.batch, generator=generator) >= config.text_dropout
     t = (offset + GOLDEN * (step * stage.batch + torch.arange(stage.batch, dtype=torch.float64))) % 1
+    t = stage.noise[0] + t * (stage.noise[1] - stage.noise[0])
     for own in torch.arange(stage.batch).split(config.micro_batch):
         latents, text = runs.batch(items[own].tolist())
         noise = torch.stack([torch.randn(latents[0].shape, generator=generator) for _ in own])
