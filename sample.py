@@ -3,12 +3,14 @@
     python sample.py --stage 9s                                             # a storyboard that training never saw
     python sample.py --stage 9s --storyboard story.txt --out video.mp4      # your own, in Format 3, JSON or JSONL
     python sample.py --stage 63s --layer local --seed 7
+    python sample.py --stage 9s --evaluate                                  # the paper's four axes, measured in pixels
 
 Writes the video as mp4 and GIF, and a contact sheet as PNG: a row a scene, each frame with its time.
 """
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import time
@@ -330,7 +332,8 @@ def paste_track(picture, tracks, who, t):
 def evaluate(frames, episode):
     """The four axes of a video of a held-out episode, uint8 [48 S + 1, 64, 96, 3], and its returns.
 
-    Returns ({axis: score in 0 ... 1}, [(segments since the first appearance, fraction of hidden attributes that came back)]).
+    Returns ({axis: score in 0 ... 1}, [(who or which room, segments since its first appearance, fraction of hidden attributes
+    that came back)]).
     """
     seen = [read_segment(frames[SEGMENT * i + 1:SEGMENT * (i + 1) + 1]) for i in range(len(episode.segments))]
     text, motion, returns, first = [], [], [], {}
@@ -350,9 +353,66 @@ def evaluate(frames, episode):
             for what, attributes in shown.items():
                 then, before = first.setdefault(what, (i, attributes))
                 if then < i:
-                    returns.append((i - then, float(np.mean([a == b for a, b in zip(attributes, before)]))))
-    scores = np.mean(text), np.mean(motion), np.mean([now.like for now in seen]), np.mean([same for _, same in returns]) if returns else math.nan
+                    returns.append((what, i - then, float(np.mean([a == b for a, b in zip(attributes, before)]))))
+    scores = np.mean(text), np.mean(motion), np.mean([now.like for now in seen]), np.mean([same for *_, same in returns]) if returns else math.nan
     return dict(zip(AXES, map(float, scores))), returns
+
+
+CHANCE = {"rooms": (1 / len(dataset.WALL_COLOURS) + 1 / len(dataset.FURNITURE) + 1 / len(dataset.FURNITURE_COLOURS)) / 3,
+          "characters": 1 / len(dataset.CHARACTER_COLOURS)}
+
+
+def evaluate_stage(model, codec, text_encoder, segments, seeds, folder, **settings):
+    """Sample and score the held-out storyboards of some seeds. Writes evaluation.json and consistency.png into the folder, prints the
+    table. What an interrupted run has scored with the same settings is kept."""
+    path, settings = folder / "evaluation.json", {"segments": segments, **settings}
+    done = json.loads(path.read_text()) if path.exists() else {}
+    stamp = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12] if (folder / "model.safetensors").exists() else "shipped"
+    if (done.get("settings"), done.get("checkpoint")) != (settings, stamp):
+        done = {"settings": settings, "checkpoint": stamp, "videos": {}}
+    for seed in seeds:
+        if str(seed) not in done["videos"]:
+            episode = dataset.episode(dataset.TEST_SEEDS + seed, segments)
+            text, _ = embed(episode.segments, text_encoder)
+            frames = codec.decode(generate(model, text, seed=seed, **{key: value for key, value in settings.items() if key != "segments"}))
+            scores, returns = evaluate(frames, episode)
+            done["videos"][str(seed)] = {"scores": scores, "returns": returns}
+            with atomic(path) as temporary:
+                temporary.write_text(json.dumps(done) + "\n")
+    videos = [done["videos"][str(seed)] for seed in seeds]
+    print_scores(videos)
+    plot_consistency({folder.parent.name: videos}, folder / "consistency.png")
+
+
+def print_scores(videos):
+    for axis in AXES:
+        scores = np.array([video["scores"][axis] for video in videos])
+        error = f" +- {scores.std(ddof=1) / len(scores) ** 0.5:.3f}" if len(scores) > 1 else ""
+        print(f"{axis:<22} {np.nanmean(scores):.3f}{error}")
+    for kind, chance in CHANCE.items():
+        near, far = ([same for video in videos for what, distance, same in video["returns"] if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance < high]
+                     for low, high in ((1, 5), (5, 99)))
+        print(f"{kind + ' that return':<22} " + ", ".join(f"{np.mean(values):.3f} after {name} ({len(values)})" for values, name in (
+            (near, "1 to 4 segments"), (far, "5 or more")) if values) + f"; chance {chance:.2f}")
+
+
+def plot_consistency(videos, path):
+    """Temporal consistency against the segments since the first appearance, a line for each {name: videos}."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, own in videos.items():
+        by_distance = {}
+        for _, distance, same in (item for video in own for item in video["returns"]):
+            by_distance.setdefault(distance, []).append(same)
+        axes.plot(sorted(by_distance), [np.mean(by_distance[distance]) for distance in sorted(by_distance)], marker="o", label=name)
+    axes.axhline(CHANCE["rooms"], color="0.6", linestyle=":", label="chance")
+    axes.set(xlabel="segments since the first appearance", ylabel="hidden attributes that came back", ylim=(0, 1.03))
+    axes.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def natural(track):
@@ -381,6 +441,8 @@ def main():
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"),
                         help="guidance at the first and the last step (default 1 4)")
+    parser.add_argument("--evaluate", action="store_true", help="score held-out storyboards of the pocket world on the paper's four axes")
+    parser.add_argument("--videos", type=int, default=8, help="how many to score, from --seed on (default 8)")
     parser.add_argument("--check", action="store_true", help="only say what is in the storyboard, and whether its texts are too long")
     parser.add_argument("--negative", help="what to move away from, for segments whose storyboard names nothing")
     parser.add_argument("--export", metavar="FILE", help="write the stage's weights in half precision instead, as the files in assets/ are")
@@ -410,6 +472,12 @@ def main():
         save_model(model.half(), args.export, stage=args.stage)
         return print(f"{args.export}: stage {args.stage} of {path}, in half precision")
     codec, text_encoder = encoders_of(model, path, args, device)
+    if args.evaluate:
+        segments = STAGES[args.stage].segments
+        if segments < 3 or args.preset != "pocket" or args.videos < 1:
+            raise UserError("--evaluate scores pocket stages of 9s and longer, where rooms return, on at least one video")
+        folder, seeds = run_folder(args.out_dir, config, args.stage), range(args.seed, args.seed + args.videos)
+        return evaluate_stage(model.to(device), codec, text_encoder, segments, seeds, folder, steps=args.steps, guidance=list(args.guidance))
     texts = [embed(board, text_encoder, where) for board in boards]               # the text encoder has the device to itself
     half = args.preset == "5b" and device.type == "cuda"                          # 14 GB of weights in place of 29
     model = model.to(device, torch.bfloat16 if half else torch.float32)

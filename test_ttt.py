@@ -1457,6 +1457,102 @@ def test_writing_is_all_or_nothing(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------
+# Evaluation: four axes, measured in pixels (4.2)
+# ----------------------------------------------------------------------------------------------------
+
+TEXT, MOTION, AESTHETICS, CONSISTENCY = sample.AXES
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Two held-out episodes of six segments: [(episode, frames, scores)]."""
+    episodes = [dataset.episode(dataset.TEST_SEEDS + seed, 6) for seed in (3, 8)]
+    videos = [dataset.render(episode, 64, 96) for episode in episodes]
+    return [(episode, video, sample.evaluate(video, episode)[0]) for episode, video in zip(episodes, videos)]
+
+
+def test_the_truth_scores_full_marks_and_through_the_codec_nearly(truth):
+    codec = dataset.PocketCodec()
+    for episode, video, scores in truth:
+        assert min(scores.values()) >= 0.95
+        assert min(sample.evaluate(codec.decode(codec.encode(video)), episode)[0].values()) >= 0.9
+
+
+def test_segments_of_other_episodes_lose_consistency_and_nothing_else():
+    """Each segment of a story drawn with the hidden attributes of another episode: what is left of consistency is chance, 0.17 to 0.19."""
+    strangers, videos, episode = {}, [], dataset.episode(dataset.TEST_SEEDS + 3, 6)
+    for i in range(6):
+        other = dataset.episode(dataset.TEST_SEEDS + 40 + i, 6)
+        strangers[i] = dataclasses.replace(episode, colours=other.colours, rooms=other.rooms)
+        videos.append(dataset.render(strangers[i], 64, 96)[48 * i + (i > 0):48 * i + 49])
+    scores, returns = sample.evaluate(np.concatenate(videos), episode)
+    expected = []
+    for what, distance, same in returns:
+        now = next(i for i in range(distance, 6) if (what, distance, same) in returns and shown(episode, what, i) and first_of(episode, what) == i - distance)
+        here, there = (hidden(strangers[i], what) for i in (now, now - distance))
+        expected.append(np.mean([a == b for a, b in zip(here, there)]))
+    assert [same for *_, same in returns] == pytest.approx(expected) and np.mean(expected) < 0.5
+    assert min(scores[axis] for axis in (TEXT, MOTION, AESTHETICS)) >= 0.95
+
+
+def shown(episode, what, i):
+    scene = next(scene for scene in episode.scenes if scene.first <= i < scene.first + scene.segments)
+    return what == scene.room or what in scene.cast
+
+
+def first_of(episode, what):
+    return next(i for i in range(len(episode.segments)) if shown(episode, what, i))
+
+
+def hidden(episode, what):
+    return dataclasses.astuple(episode.rooms[what]) if what in episode.rooms else (episode.colours[what],)
+
+
+def test_a_jittered_video_moves_unnaturally(truth):
+    episode, video, scores = truth[0]
+    jittered = video.copy()
+    for t in range(1, len(video), 8):
+        jittered[t:t + 4] = np.roll(video[t:t + 4], 4, axis=2)
+    worse = sample.evaluate(jittered, episode)[0]
+    assert worse[MOTION] < scores[MOTION] - 0.3 and worse[CONSISTENCY] > 0.9
+
+
+def test_a_blurred_video_is_less_beautiful(truth):
+    from PIL import Image, ImageFilter
+    episode, video, scores = truth[0]
+    blurred = np.stack([np.asarray(Image.fromarray(frame).filter(ImageFilter.GaussianBlur(3))) for frame in video])
+    worse = sample.evaluate(blurred, episode)[0]
+    assert worse[AESTHETICS] < scores[AESTHETICS] - 0.1
+
+
+def test_furniture_that_changes_inside_a_scene_is_inconsistent():
+    """The paper's first artefact: objects morph at the border of two segments of one scene."""
+    seed = next(seed for seed in range(1000) if dataset.episode(dataset.TEST_SEEDS + seed, 2).scenes[0].segments == 2)
+    episode = dataset.episode(dataset.TEST_SEEDS + seed, 2)
+    room = episode.scenes[0].room
+    before = episode.rooms[room]
+    kind = next(kind for kind in dataset.FURNITURE if kind != before.furniture)
+    other = dataclasses.replace(episode, rooms=episode.rooms | {room: dataclasses.replace(before, furniture=kind)})
+    video = np.concatenate([dataset.render(episode, 64, 96)[:49], dataset.render(other, 64, 96)[49:]])
+    scores, returns = sample.evaluate(video, episode)
+    assert (room, 1, pytest.approx(2 / 3)) in returns and min(scores[axis] for axis in (TEXT, MOTION, AESTHETICS)) >= 0.95
+
+
+def test_evaluation_writes_what_it_found_and_goes_on_where_it_stopped(trained, capsys, monkeypatch):
+    flags = ["--stage", "9s", "--out_dir", trained, "--steps", 1, "--device", "cpu", "--evaluate", "--videos"]
+    assert run(sample, *flags, 1) == 0
+    report, folder = capsys.readouterr().out, trained / "pocket-ttt_mlp/9s"
+    assert all(axis in report for axis in sample.AXES) and "chance" in report
+    assert (folder / "consistency.png").exists()
+    known, calls = json.loads((folder / "evaluation.json").read_text())["videos"]["0"], []
+    evaluate = sample.evaluate
+    monkeypatch.setattr(sample, "evaluate", lambda *args: calls.append(args) or evaluate(*args))
+    assert run(sample, *flags, 2) == 0 and len(calls) == 1
+    assert json.loads((folder / "evaluation.json").read_text())["videos"]["0"] == known
+    assert run(sample, "--stage", "3s", *flags[2:], 1) == 2 and "9s and longer" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------
 # python test_ttt.py --bench
 # ----------------------------------------------------------------------------------------------------
 
