@@ -352,7 +352,7 @@ def plan_rooms(rng, segments):
     scenes, first = [], 0
     while first < segments:
         rooms = [room for room, _ in scenes]
-        returns = len(rooms) == 2 or len(rooms) > 2 and rng.random() < 0.7
+        returns = len(rooms) == 2 or len(rooms) > 2 and rng.random() < 0.8
         room = rooms[-2] if returns else pick(rng, [room for room in ROOMS if room not in rooms[-2:]])
         needed = max(2 - len(rooms), 0) if segments >= 3 else 0             # segments kept for the return
         length = min(rng.choice([1, 2, 3], p=[0.9, 0.07, 0.03]), segments - first - needed)

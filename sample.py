@@ -4,6 +4,7 @@
     python sample.py --stage 9s --storyboard story.txt --out video.mp4      # your own, in Format 3, JSON or JSONL
     python sample.py --stage 63s --layer local --seed 7
     python sample.py --stage 9s --evaluate                                  # the paper's four axes, measured in pixels
+    python sample.py --stage 18s --compare --layers local ttt_mlp gated_deltanet
 
 Writes the video as mp4 and GIF, and a contact sheet as PNG: a row a scene, each frame with its time.
 """
@@ -13,6 +14,8 @@ import functools
 import hashlib
 import json
 import math
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,8 +366,9 @@ CHANCE = {"rooms": (1 / len(dataset.WALL_COLOURS) + 1 / len(dataset.FURNITURE) +
 
 
 def evaluate_stage(model, codec, text_encoder, segments, seeds, folder, **settings):
-    """Sample and score the held-out storyboards of some seeds. Writes evaluation.json and consistency.png into the folder, prints the
-    table. What an interrupted run has scored with the same settings is kept."""
+    """Sample and score the held-out storyboards of some seeds, and return what was found. Writes evaluation.json, consistency.png and a
+    strip of the first video, evaluation.png, into the folder. What an interrupted run has scored with the same settings is kept."""
+    from PIL import Image
     path, settings = folder / "evaluation.json", {"segments": segments, **settings}
     done = json.loads(path.read_text()) if path.exists() else {}
     stamp = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12] if (folder / "model.safetensors").exists() else "shipped"
@@ -376,24 +380,64 @@ def evaluate_stage(model, codec, text_encoder, segments, seeds, folder, **settin
             text, _ = embed(episode.segments, text_encoder)
             frames = codec.decode(generate(model, text, seed=seed, **{key: value for key, value in settings.items() if key != "segments"}))
             scores, returns = evaluate(frames, episode)
+            if seed == seeds[0]:
+                with atomic(folder / "evaluation.png") as temporary:
+                    Image.fromarray(np.concatenate(enlarge(frames[SEGMENT // 2::SEGMENT], 2), axis=1)).save(temporary)
             done["videos"][str(seed)] = {"scores": scores, "returns": returns}
             with atomic(path) as temporary:
                 temporary.write_text(json.dumps(done) + "\n")
     videos = [done["videos"][str(seed)] for seed in seeds]
-    print_scores(videos)
     plot_consistency({folder.parent.name: videos}, folder / "consistency.png")
+    return videos
 
 
-def print_scores(videos):
-    for axis in AXES:
-        scores = np.array([video["scores"][axis] for video in videos])
-        error = f" +- {scores.std(ddof=1) / len(scores) ** 0.5:.3f}" if len(scores) > 1 else ""
-        print(f"{axis:<22} {np.nanmean(scores):.3f}{error}")
-    for kind, chance in CHANCE.items():
-        near, far = ([same for video in videos for what, distance, same in video["returns"] if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance < high]
-                     for low, high in ((1, 5), (5, 99)))
-        print(f"{kind + ' that return':<22} " + ", ".join(f"{np.mean(values):.3f} after {name} ({len(values)})" for values, name in (
-            (near, "1 to 4 segments"), (far, "5 or more")) if values) + f"; chance {chance:.2f}")
+def print_scores(found):
+    """{name: videos} as a table: mean and standard error over videos of each axis, then how much of what returned came back."""
+    spans = [(kind, low, high) for kind in CHANCE for low, high in ((1, 4), (5, 20))]
+    print(f"{'':<22}" + "".join(f"{axis:>22}" for axis in AXES) + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans))
+    for name, videos in found.items():
+        row = f"{name:<22}"
+        for axis in AXES:
+            scores = np.array([video["scores"][axis] for video in videos])
+            error = np.nanstd(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
+            row += f"{f'{np.nanmean(scores):.3f} +- {error:.3f}':>22}"
+        for kind, low, high in spans:
+            same = [same for video in videos for what, distance, same in video["returns"]
+                    if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance <= high]
+            row += f"{f'{np.mean(same):.3f} ({len(same)})' if same else '-':>24}"
+        print(row)
+    print("chance: " + ", ".join(f"{kind} {chance:.2f}" for kind, chance in CHANCE.items()) + "; in brackets how many returns were seen, after so many segments")
+
+
+def compare(args, names, evaluate_layer):
+    """Train what is missing, score every layer on the same storyboards, and show them together: a table, comparison.json,
+    comparison.png with a row a layer, consistency.png. A layer that fails is named; the others go on."""
+    from PIL import Image, ImageDraw
+    found, strips = {}, []
+    for layer in names:
+        config = Config(layer=layer)
+        try:
+            if not find_checkpoint(args.out_dir, config, args.stage):
+                train = [sys.executable, Path(__file__).with_name("ttt_minute.py"), "--stage", args.stage, "--layer", layer, "--out_dir", args.out_dir]
+                subprocess.run([*map(str, train), *(["--device", args.device] if args.device else [])], check=True)
+            found[layer] = evaluate_layer(layer)
+            strips.append((layer, Image.open(run_folder(args.out_dir, config, args.stage) / "evaluation.png")))
+        except (UserError, subprocess.CalledProcessError) as error:
+            print(f"{layer}: left out ({error})", file=sys.stderr)
+    if not found:
+        raise UserError("no layer could be scored")
+    folder = Path(args.out_dir) / f"comparison-{args.stage}"
+    sheet = Image.new("RGB", (strips[0][1].width, len(strips) * (strips[0][1].height + 16)), "white")
+    for row, (layer, strip) in enumerate(strips):
+        ImageDraw.Draw(sheet).text((4, row * (strip.height + 16) + 2), layer, fill="black")
+        sheet.paste(strip, (0, row * (strip.height + 16) + 16))
+    with atomic(folder / "comparison.png") as temporary:
+        sheet.save(temporary)
+    with atomic(folder / "comparison.json") as temporary:
+        temporary.write_text(json.dumps(found) + "\n")
+    plot_consistency(found, folder / "consistency.png")
+    print_scores(found)
+    print(f"look at {folder / 'comparison.png'}")
 
 
 def plot_consistency(videos, path):
@@ -428,6 +472,15 @@ def natural(track):
 # ----------------------------------------------------------------------------------------------------
 
 
+def load_stage(args, config):
+    """The trained network of a stage, and where it was found."""
+    path = find_checkpoint(args.out_dir, config, args.stage)
+    if not path:
+        raise UserError(f"{run_folder(args.out_dir, config, args.stage) / 'model.safetensors'} is missing; train it with: "
+                        f"python ttt_minute.py --stage {args.stage} --layer {config.layer} --preset {args.preset}")
+    return load_checkpoint(path).eval(), path
+
+
 def main():
     parser = Parser("sample.py", description="Turn a storyboard into a video with a trained stage.",
                     epilog="example: python sample.py --stage 9s --storyboard story.txt --out video.mp4")
@@ -442,6 +495,8 @@ def main():
     parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"),
                         help="guidance at the first and the last step (default 1 4)")
     parser.add_argument("--evaluate", action="store_true", help="score held-out storyboards of the pocket world on the paper's four axes")
+    parser.add_argument("--compare", action="store_true", help="train and score all layers, or those of --layers")
+    parser.add_argument("--layers", nargs="+", choices=list(LAYERS), metavar="LAYER", help="what --compare compares (default: all)")
     parser.add_argument("--videos", type=int, default=8, help="how many to score, from --seed on (default 8)")
     parser.add_argument("--check", action="store_true", help="only say what is in the storyboard, and whether its texts are too long")
     parser.add_argument("--negative", help="what to move away from, for segments whose storyboard names nothing")
@@ -458,26 +513,30 @@ def main():
     if args.check:
         text_encoder = dataset.T5Words(args.text_encoder) if args.text_encoder else dataset.PocketText()
         return check_boards(boards, text_encoder, config.text_len, where)
-    path = find_checkpoint(args.out_dir, config, args.stage)
-    if not path:
-        raise UserError(f"{run_folder(args.out_dir, config, args.stage) / 'model.safetensors'} is missing; train it with: "
-                        f"python ttt_minute.py --stage {args.stage} --layer {args.layer} --preset {args.preset}")
+    device = pick_device(args.device)
+    if args.evaluate or args.compare:
+        segments = STAGES[args.stage].segments
+        if segments < 3 or args.preset != "pocket" or args.videos < 1:
+            raise UserError("pocket stages of 9s and longer can be scored, where rooms return, on at least one video")
+
+        def evaluate_layer(layer):
+            model, path = load_stage(args, dataclasses.replace(config, layer=layer))
+            codec, text_encoder = encoders_of(model, path, args, device)
+            folder, seeds = run_folder(args.out_dir, model.config, args.stage), range(args.seed, args.seed + args.videos)
+            return evaluate_stage(model.to(device), codec, text_encoder, segments, seeds, folder, steps=args.steps, guidance=list(args.guidance))
+
+        if args.compare:
+            return compare(args, args.layers or list(LAYERS), evaluate_layer)
+        return print_scores({args.layer: evaluate_layer(args.layer)})
     out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: the name must end in .mp4")
 
-    device = pick_device(args.device)
-    model = load_checkpoint(path).eval()
+    model, path = load_stage(args, config)
     if args.export:
         save_model(model.half(), args.export, stage=args.stage)
         return print(f"{args.export}: stage {args.stage} of {path}, in half precision")
     codec, text_encoder = encoders_of(model, path, args, device)
-    if args.evaluate:
-        segments = STAGES[args.stage].segments
-        if segments < 3 or args.preset != "pocket" or args.videos < 1:
-            raise UserError("--evaluate scores pocket stages of 9s and longer, where rooms return, on at least one video")
-        folder, seeds = run_folder(args.out_dir, config, args.stage), range(args.seed, args.seed + args.videos)
-        return evaluate_stage(model.to(device), codec, text_encoder, segments, seeds, folder, steps=args.steps, guidance=list(args.guidance))
     texts = [embed(board, text_encoder, where) for board in boards]               # the text encoder has the device to itself
     half = args.preset == "5b" and device.type == "cuda"                          # 14 GB of weights in place of 29
     model = model.to(device, torch.bfloat16 if half else torch.float32)

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 import time
 import weakref
@@ -1552,6 +1553,19 @@ def test_evaluation_writes_what_it_found_and_goes_on_where_it_stopped(trained, c
     assert run(sample, "--stage", "3s", *flags[2:], 1) == 2 and "9s and longer" in capsys.readouterr().err
 
 
+def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_named(trained, capfd, monkeypatch):
+    def no_training(command, check):
+        raise subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(sample.subprocess, "run", no_training)
+    assert run(sample, "--stage", "9s", "--out_dir", trained, "--steps", 1, "--device", "cpu", "--videos", 1, "--compare", "--layers", "ttt_mlp", "mamba2") == 0
+    captured = capfd.readouterr()
+    assert "mamba2: left out" in captured.err and "ttt_mlp" in captured.out and "rooms after 1-4" in captured.out
+    assert list(json.loads((trained / "comparison-9s/comparison.json").read_text())) == ["ttt_mlp"]
+    assert (trained / "comparison-9s/comparison.png").exists()
+    assert run(sample, "--stage", "9s", "--out_dir", trained / "nowhere", "--compare", "--layers", "swa") == 2
+
+
 # ----------------------------------------------------------------------------------------------------
 # python test_ttt.py --bench
 # ----------------------------------------------------------------------------------------------------
@@ -1569,7 +1583,7 @@ def median_seconds(call, repeats=5):
 
 def bench():
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, fp32; medians of 5\n")
-    for H, width, b, B, L in (4, 64, 64, 1, 6400), (4, 32, 32, 8, 352):
+    for H, width, b, B, L in (4, 64, 64, 1, 6400), (4, 32, 64, 8, 352):
         title = f"scan: B {B}, H {H}, F {width}, b {b}, {L} tokens, forward + backward"
         print(f"{title:<66} {'seconds':>8} {'peak MB':>8}")
         for kind in "mlp", "linear":
@@ -1579,12 +1593,29 @@ def bench():
                 seconds, peak = median_seconds(lambda: scan_and_back(*scan)), peak_bytes(*scan) / 1e6
                 print(f"  {f'TTT-{kind}, backend {backend}':<64} {seconds:>8.3f} {peak:>8.1f}")
         print()
-    print(f"{'training step of the pocket preset: 8 clips of 3 seconds':<66} {'seconds':>8}")
-    for layer in "local", "full", "ttt_linear", "ttt_mlp":
-        model = DiT(Config(layer=layer))
-        latents, text = random_latents(model.config, 1, batch=8)
-        t, noise = torch.randint(1000, (8,)), torch.randn_like(latents)
-        print(f"  {layer:<64} {median_seconds(lambda: diffusion_loss(model, latents, text, t, noise).backward()):>8.2f}")
+    print("training step of the pocket preset, relative to local: FLOPs, seconds, peak memory (the paper's Figure 6)")
+    stages = {"3s": 8, "9s": 4, "18s": 2, "63s": 1}           # and videos in a batch
+    print(f"{'layer':<16}" + "".join(f"{f'{stage} x {batch}':^28}" for stage, batch in stages.items()))
+    local = {}
+    for layer in sorted(ttt_minute.LAYERS, key="local".__ne__):
+        row = ""
+        for stage, batch in stages.items():
+            segments = STAGES[stage].segments
+            model = DiT(Config(layer=layer))
+            latents, text = random_latents(model.config, segments, batch=batch)
+            t, noise = torch.randint(1000, (batch,)), torch.randn_like(latents)
+
+            def step():
+                diffusion_loss(model, latents, text, t, noise).backward()
+
+            seconds = median_seconds(step, 3)
+            with PeakMemory() as memory:
+                step()
+            flops = sum(ttt_minute.step_flops(model.config, Stage(segments, 1, 1, 0, 0, everything=True)).values())
+            local.setdefault(stage, (flops, seconds, memory.peak))
+            ratios = [value / base for value, base in zip((flops, seconds, memory.peak), local[stage])]
+            row += "{:>6.2f} {:>6.2f} {:>5.2f}         ".format(*ratios) if layer != "local" else f"{flops * batch / 1e9:>6.0f} G {seconds:>6.2f} s {memory.peak / 1e6:>5.0f} MB   "
+        print(f"{layer:<16}{row}")
 
 
 if __name__ == "__main__":

@@ -164,11 +164,11 @@ LR_END = 1e-5                       # where the cosine schedule ends
 RETURNS = dict(schedule_new="cosine", schedule_rest="cosine", noise=(0.8, 0.96))
 POCKET_STAGES = {
     "pretrain": Stage(1, 4000, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
-    "3s": Stage(1, 100, 8, 3e-3, 5e-4, "cosine", "cosine", everything=True),
+    "3s": Stage(1, 80, 8, 1e-3, 5e-4, "cosine", "cosine", everything=True),
     "9s": Stage(3, 680, 4, 3e-3, 5e-4, **RETURNS),
-    "18s": Stage(6, 240, 2, 2e-3, 3e-4, **RETURNS),
-    "30s": Stage(10, 160, 2, 1e-3, 2e-4, **RETURNS),
-    "63s": Stage(21, 320, 1, 1e-3, 2e-4, **RETURNS),
+    "18s": Stage(6, 480, 2, 2e-3, 3e-4, **RETURNS),
+    "30s": Stage(10, 200, 2, 1e-3, 2e-4, **RETURNS),
+    "63s": Stage(21, 360, 1, 1e-3, 2e-4, **RETURNS),
 }
 # The preset in between starts from nothing too, and has a GPU. Not yet run on one: these numbers are a first guess.
 SMALL_STAGES = {
@@ -1706,7 +1706,7 @@ def main():
     parser.add_argument("--stage", choices=list(STAGES), default="9s", help="train up to this stage (default 9s)")
     parser.add_argument("--out_dir", default="out", help="where runs are written (default out)")
     parser.add_argument("--data", help="a folder made by `dataset.py --ingest` (default: the pocket world, rendered when missing)")
-    parser.add_argument("--episodes", type=int, default=64, help="one-minute episodes of the pocket world to train on (default 64)")
+    parser.add_argument("--episodes", type=int, default=256, help="one-minute episodes of the pocket world to train on (default 256)")
     parser.add_argument("--steps", type=int, help="steps of every stage, in place of the preset's")
     parser.add_argument("--batch_size", type=int, help="videos a step, in place of the preset's")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="save what --resume needs every so many steps (default 100)")
