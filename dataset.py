@@ -10,11 +10,12 @@ What ingestion reads: `NAME.mp4` (or anything ffmpeg reads) and beside it `NAME.
 
     [{"start": 0.0, "end": 9.5, "segments": ["In the kitchen ...", "Mia runs ...", "Pip waves ..."]}, ...]
 
-with times in seconds and one paragraph for every whole 3 seconds of the scene.
+with times in seconds and one paragraph for every whole 3 seconds of the scene. A scene may also name its "place", any word: training
+on several segments then takes stories in which a place returns after another, for these are what memory is for.
 
 What it writes: `NAME.safetensors` with `latents` float16 [S, 13, C, h, w] and `text` float16 [S, N, dim] (segment i: the
 latents of its 48 frames and the frame after them, the embedding of its paragraph), with T5 also `marks` [2, dim], what the
-two scene marks were embedded as; metadata beside them (format, codec, scale, text_encoder, source, fps, scenes); and one
+two scene marks were embedded as; metadata beside them (format, codec, scale, text_encoder, source, fps, scenes, places); and one
 `index.json` that says what all files share and how long each one is.
 
 | 1 | small shared things | errors, flags, atomic writes |
@@ -352,10 +353,10 @@ def plan_rooms(rng, segments):
     scenes, first = [], 0
     while first < segments:
         rooms = [room for room, _ in scenes]
-        returns = len(rooms) == 2 or len(rooms) > 2 and rng.random() < 0.8
+        returns = len(rooms) == 2 or len(rooms) > 2 and rng.random() < 0.7
         room = rooms[-2] if returns else pick(rng, [room for room in ROOMS if room not in rooms[-2:]])
         needed = max(2 - len(rooms), 0) if segments >= 3 else 0             # segments kept for the return
-        length = min(rng.choice([1, 2, 3], p=[0.9, 0.07, 0.03]), segments - first - needed)
+        length = min(rng.choice([1, 2, 3], p=[0.76, 0.16, 0.08]), segments - first - needed)
         scenes.append((room, int(length)))
         first += length
     return scenes
@@ -669,7 +670,7 @@ def write_episode(out, seed, segments):
     scenes, start = [], 0.0
     for scene in world.scenes:
         end = start + (SEGMENT * scene.segments + 1) / FPS
-        scenes.append({"start": start, "end": end, "segments": bare[scene.first:scene.first + scene.segments]})
+        scenes.append({"start": start, "end": end, "place": scene.room, "segments": bare[scene.first:scene.first + scene.segments]})
         start = end
     text = json.dumps(scenes, indent=1) + "\n"
     if video.exists() and board.exists() and board.read_text() == text:
@@ -1070,6 +1071,7 @@ class Cut:
     """A scene of a user's video after trimming: frames begin ... begin + 48 * len(paragraphs) - 1 at 16 fps."""
     begin: int
     paragraphs: tuple
+    place: str | None
 
 
 def read_cuts(board):
@@ -1079,7 +1081,7 @@ def read_cuts(board):
         raise UserError(f"{board.name}: must be a list of scenes, each with start, end and segments")
     for number, scene in enumerate(scenes, 1):
         where = f"{board.name}, scene {number}"
-        start, end, paragraphs = check_scene(scene, where)
+        start, end, paragraphs, place = check_scene(scene, where)
         if start < before:
             raise UserError(f"{where}: starts at {start:g} s, before the scene ahead of it has ended ({before:g} s)")
         before = end
@@ -1091,14 +1093,14 @@ def read_cuts(board):
             raise UserError(f"{where}: {end - start:g} s make {count} segments of {SECONDS} s, but there are "
                             f"{len(paragraphs)} paragraphs, one a segment is needed")
         else:
-            cuts.append(Cut(begin + (frames - SEGMENT * count) // 2, tuple(paragraphs)))   # equal trim at both ends
+            cuts.append(Cut(begin + (frames - SEGMENT * count) // 2, tuple(paragraphs), place))   # equal trim at both ends
     if not cuts:
         raise UserError(f"{board.name}: nothing is left, every scene is shorter than {SECONDS} s")
     return cuts, round(before * FPS)
 
 
 def check_scene(scene, where):
-    """(start, end, paragraphs) of a scene object, types checked, scene marks taken off the paragraphs."""
+    """(start, end, paragraphs, place or None) of a scene object, types checked, scene marks taken off the paragraphs."""
     if not isinstance(scene, dict) or not {"start", "end", "segments"} <= scene.keys():
         raise UserError(f"{where}: needs start and end (seconds) and segments (a list of paragraphs)")
     start, end, segments = scene["start"], scene["end"], scene["segments"]
@@ -1107,6 +1109,8 @@ def check_scene(scene, where):
         raise UserError(f"{where}: start {start!r} and end {end!r} must be seconds with 0 <= start < end")
     if not isinstance(segments, list):
         raise UserError(f"{where}: segments must be a list of paragraphs")
+    if not isinstance(scene.get("place", ""), str):
+        raise UserError(f"{where}: place must be text")
     paragraphs = []
     for number, text in enumerate(segments, 1):
         text = text.get("text") if isinstance(text, dict) else text
@@ -1114,7 +1118,7 @@ def check_scene(scene, where):
             raise UserError(f"{where}, paragraph {number}: must be text that is not empty")
         check_marks(text, f"{where}, paragraph {number}")
         paragraphs.append(" ".join(text.replace(START, " ").replace(END, " ").split()))
-    return start, end, paragraphs
+    return start, end, paragraphs, scene.get("place")
 
 
 def read_frames(video, height, width):
@@ -1228,7 +1232,8 @@ def ingest_video(job, codec, text_encoder, advance):
         tensors["marks"] = text_encoder.marks
     metadata = {"format": FORMAT, "source": job.source, "codec": codec.id, "scale": str(codec.scale), "fps": str(FPS),
                 "text_encoder": text_encoder.id, "segments": str(len(latents)),
-                "scenes": json.dumps([cut.paragraphs for cut in job.cuts])}
+                "scenes": json.dumps([cut.paragraphs for cut in job.cuts]),
+                "places": json.dumps([cut.place for cut in job.cuts for _ in cut.paragraphs])}
     with atomic(job.target) as partial:
         save_file(tensors, partial, metadata)
 
@@ -1305,8 +1310,15 @@ def encoders_of(ids, where, vae, text_encoder, vae_scale, size, text, device="cp
     return codec, text_encoder
 
 
+def returns(places):
+    """Whether a place comes back after another one: A B A, A A B C A."""
+    changes = [place for place, before in zip(places, [object(), *places]) if place != before]
+    return len(changes) > len(set(changes)) and None not in places
+
+
 class Runs:
-    """Every run of `segments` consecutive segments of the ingested videos in `folder`; len() counts them.
+    """Every run of `segments` consecutive segments of the ingested videos in `folder`; len() counts them. If there are runs in which a
+    place returns, only these.
 
     Raises UserError: folder or index missing, made with other encoders than `ids`, a damaged file, no video long enough.
     """
@@ -1326,6 +1338,8 @@ class Runs:
         if not self.runs:
             longest = max((video["segments"] for video in videos), default=0)
             raise UserError(f"{folder}: no video has {segments} segments, the longest has {longest}")
+        places = [json.loads(read_metadata(self.folder / video["file"]).get("places", "[]")) for video in videos]
+        self.runs = [(i, start) for i, start in self.runs if returns(places[i][start:start + segments])] or self.runs
         size = sum(video["segments"] for video in videos) * 2 * np.prod(self.index["latents"])
         self.videos = [self.open(video, whole=size < self.in_memory) for video in videos]
 

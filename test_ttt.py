@@ -1399,11 +1399,26 @@ def test_real_footage_is_resampled_cropped_trimmed_evenly_and_cut_into_segments(
 
 def test_runs_of_segments_overlap_and_share_the_border_latent(world):
     short, long = dataset.Runs(world, 1), dataset.Runs(world, 3)
-    assert len(short) == 12 and len(long) == 8
+    assert len(short) == 12
+    video, start = long.runs[0]
     latents, text = long.batch([0])
-    pieces = [short.batch([i]) for i in range(3)]
+    pieces = [short.batch([short.runs.index((video, start + i))]) for i in range(3)]
     assert torch.equal(latents[:, :13], pieces[0][0]) and torch.equal(latents[:, 13:25], pieces[1][0][:, 1:])
     assert torch.equal(text[:, 2], pieces[2][1][:, 0])
+
+
+def test_long_runs_are_stories_in_which_a_place_returns_if_there_are_any(world, tmp_path):
+    assert dataset.returns(list("ABA")) and dataset.returns(list("AABCA")) and not dataset.returns(list("AAB")) and not dataset.returns([None, "A", None])
+    places = [[episode_room(seed, i) for i in range(6)] for seed in range(2)]
+    expected = [(video, start) for video in range(2) for start in range(4) if dataset.returns(places[video][start:start + 3])]
+    assert dataset.Runs(world, 3).runs == expected and 0 < len(expected) < 8
+    write_footage(tmp_path / "videos", seconds=9.3, scenes=[dict(start=0, end=9.2, segments=["One."] * 3)])
+    dataset.ingest(tmp_path / "videos", tmp_path / "latents", Plain(), dataset.PocketText())
+    assert len(dataset.Runs(tmp_path / "latents", 2)) == 2                    # no places told: every run
+
+
+def episode_room(seed, i):
+    return next(scene.room for scene in dataset.episode(seed, 6).scenes if scene.first <= i < scene.first + scene.segments)
 
 
 @pytest.mark.parametrize("scenes, message", [
