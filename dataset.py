@@ -622,12 +622,14 @@ def sprite(who, colour, pose, right):
 
 
 def paste(picture, drawing, colours):
-    """Draws everybody into a picture uint8 [128, 192, 3], in place: {who: (x, y, pose, facing right)} in {who: colour}."""
+    """Draws everybody into a picture uint8 [128, 192, 3], in place, as far as they are in it: {who: (x, y, pose, facing right)} in
+    {who: colour}."""
     for who in sorted(drawing):                                               # Pip is smaller and in front
         x, y, pose, right = drawing[who]
         paint, clear = sprite(who, colours[who], pose, right)
         top, left = round(y * HEIGHT - FEET_AT[0]), round(x * HEIGHT - FEET_AT[1])
-        under = picture[top:top + len(paint), left:left + len(paint[0])]
+        under = picture[max(top, 0):top + len(paint), max(left, 0):left + len(paint[0])]
+        paint, clear = (x[max(-top, 0):, max(-left, 0):][:under.shape[0], :under.shape[1]] for x in (paint, clear))
         under[:] = under * clear + paint + 0.5
 
 

@@ -391,6 +391,26 @@ def evaluate_stage(model, codec, text_encoder, segments, seeds, folder, **settin
     return videos
 
 
+@torch.no_grad()
+def memory_in_loss(model, codec, text_encoder, videos=16, levels=(800, 880, 920)):
+    """What a network gains from an earlier scene, without sampling: on held-out stories A B A, the loss of the third scene, and how much
+    it rises when the first scene has the hidden attributes of another episode. Returns {t: (loss, rise)}."""
+    alpha_bar, losses = alphas_cumprod(model.config.snr_shift), {t: [] for t in levels}
+    for seed in range(dataset.TEST_SEEDS, dataset.TEST_SEEDS + videos):
+        episode, other = dataset.episode(seed, 3), dataset.episode(seed + videos, 3)
+        stranger = dataclasses.replace(episode, colours=other.colours, rooms=other.rooms)
+        own, swapped = (codec.encode(dataset.render(story, codec.height, codec.width)) for story in (episode, stranger))
+        stories = torch.stack([own, torch.cat([swapped[:13], own[13:]])])
+        text = embed(episode.segments, text_encoder)[0].expand(2, -1, -1, -1)
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
+        for t in levels:
+            a, s = alpha_bar[t].sqrt().item(), (1 - alpha_bar[t]).sqrt().item()
+            error = model(a * stories + s * noise, text, torch.tensor([t, t])) - (a * noise - s * own)
+            losses[t].append(error[:, 26:].square().mean((1, 2, 3, 4)))               # frames of the third scene alone
+    means = {t: torch.stack(own).mean(0).tolist() for t, own in losses.items()}
+    return {t: (own, swapped - own) for t, (own, swapped) in means.items()}
+
+
 def print_scores(found):
     """{name: videos} as a table: mean and standard error over videos of each axis, then how much of what returned came back."""
     spans = [(kind, low, high) for kind in CHANCE for low, high in ((1, 4), (5, 20))]
@@ -527,7 +547,11 @@ def main():
 
         if args.compare:
             return compare(args, args.layers or list(LAYERS), evaluate_layer)
-        return print_scores({args.layer: evaluate_layer(args.layer)})
+        print_scores({args.layer: evaluate_layer(args.layer)})
+        model, path = load_stage(args, config)
+        for t, (loss, rise) in memory_in_loss(model, *encoders_of(model, path, args, "cpu")).items():
+            print(f"third scene of A B A at t {t}: loss {loss:.4f}, with a stranger's first scene {rise:+.4f}")
+        return None
     out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: the name must end in .mp4")

@@ -1541,6 +1541,16 @@ def test_a_blurred_video_is_less_beautiful(truth):
     assert worse[AESTHETICS] < scores[AESTHETICS] - 0.1
 
 
+def test_somebody_at_the_edge_is_cut_off_and_noise_scores_nothing():
+    for x, y in (-0.1, 0.9), (1.6, 0.9), (0.5, 1.2), (0.5, 0.2):
+        picture = np.zeros((128, 192, 3), np.uint8)
+        dataset.paste(picture, {"Mia": (x, y, "stand", True)}, {"Mia": "red"})
+        assert 0 < (picture > 0).any(-1).mean() < 0.2
+    noise = np.random.default_rng(0).integers(0, 256, (145, 64, 96, 3), np.uint8)
+    scores, _ = sample.evaluate(noise, dataset.episode(dataset.TEST_SEEDS, 3))
+    assert scores[TEXT] < 0.4 and scores[MOTION] < 0.2 and scores[AESTHETICS] < 0.4
+
+
 def test_furniture_that_changes_inside_a_scene_is_inconsistent():
     """The paper's first artefact: objects morph at the border of two segments of one scene."""
     seed = next(seed for seed in range(1000) if dataset.episode(dataset.TEST_SEEDS + seed, 2).scenes[0].segments == 2)
@@ -1566,6 +1576,21 @@ def test_evaluation_writes_what_it_found_and_goes_on_where_it_stopped(trained, c
     assert run(sample, *flags, 2) == 0 and len(calls) == 1
     assert json.loads((folder / "evaluation.json").read_text())["videos"]["0"] == known
     assert run(sample, "--stage", "3s", *flags[2:], 1) == 2 and "9s and longer" in capsys.readouterr().err
+
+
+def test_what_the_first_scene_is_worth_to_the_third_is_seen_in_the_loss(trained):
+    """Nothing under local attention, but for the frames that neighbours share; something for a network that copies the first scene."""
+    codec, words = dataset.PocketCodec(), dataset.PocketText()
+    model = load_checkpoint(trained / "pocket-ttt_mlp/9s/model.safetensors").eval()
+    assert all(abs(rise) < 0.01 for _, rise in sample.memory_in_loss(model, codec, words, videos=2).values())
+
+    class Copier(torch.nn.Module):
+        config = model.config
+
+        def forward(self, latents, text, t):
+            return torch.cat([latents[:, :24], latents[:, :13]], dim=1)
+
+    assert all(abs(rise) > 0.001 for _, rise in sample.memory_in_loss(Copier(), codec, words, videos=2).values())
 
 
 def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_named(trained, capfd, monkeypatch):
