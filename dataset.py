@@ -114,6 +114,11 @@ def run_main(main):
         sys.exit(130)
 
 
+def short_hash(data):
+    """12 hexadecimal digits that stand for these bytes."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 @contextmanager
 def atomic(path):
     """Yields a temporary path beside `path`, with its suffix, and renames it onto `path` if all goes well."""
@@ -756,7 +761,7 @@ class PocketCodec(nn.Module):
         with safe_open(path, "pt") as file:
             self.scale = float(file.metadata()["scale"])
             self.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
-        self.id = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        self.id = short_hash(path.read_bytes())
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -889,6 +894,16 @@ class PocketText:
 # 6. CogVideoX's own codec and text encoder (4.1) -----------------------------------------------------------------
 
 
+def from_pretrained(library, name, folder, what, **settings):
+    """What the class `name` of diffusers or transformers reads from a folder, or a UserError."""
+    try:
+        return getattr(importlib.import_module(library), name).from_pretrained(folder, local_files_only=True, **settings)
+    except ImportError as error:
+        raise UserError(f"{what} needs packages that are not installed ({first_line(error)}): {INSTALL}") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: {library} cannot read {what} here ({first_line(error)}); {INSTALL}") from None
+
+
 def load_pretrained(library, name, folder, part, **settings):
     """The class `name` of diffusers or transformers from a folder of CogVideoX's pipeline, or from its subfolder `part`.
 
@@ -900,13 +915,7 @@ def load_pretrained(library, name, folder, part, **settings):
         raise UserError(f"{folder}: no such folder; download CogVideoX's {part} and name its folder")
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no .safetensors here, the {part} of CogVideoX is wanted; other formats may run code, they are not read")
-    try:
-        kind = getattr(importlib.import_module(library), name)
-        model, found = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings)
-    except ImportError as error:
-        raise UserError(f"{library} reads the {part}, and is not installed ({error}): {INSTALL}") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: {library} cannot read this as a {part} ({first_line(error)})") from None
+    model, found = from_pretrained(library, name, folder, f"the {part}", use_safetensors=True, output_loading_info=True, **settings)
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{folder}: not the {part} of CogVideoX, tensor {missing[0]} is missing ({len(missing)} such in all)")
     return model.eval().requires_grad_(False), folder
@@ -988,13 +997,7 @@ class T5Words:
         folder = next(path for path in places if path.is_dir() or path == folder)
         if not any((folder / name).exists() for name in ("spiece.model", "tokenizer.json")):     # transformers would make an empty one
             raise UserError(f"{folder}: T5's tokenizer is not here; its folder holds spiece.model or tokenizer.json")
-        try:
-            from transformers import AutoTokenizer
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except ImportError as error:
-            raise UserError(f"T5's tokenizer needs packages that are not installed ({first_line(error)}): {INSTALL}") from None
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{folder}: transformers cannot read T5's tokenizer here ({first_line(error)}); {INSTALL}") from None
+        self.tokenizer = from_pretrained("transformers", "AutoTokenizer", folder, "T5's tokenizer", trust_remote_code=False)
         self.tokenizer.add_tokens([START, END], special_tokens=True)
 
     def words(self, text):
@@ -1202,12 +1205,8 @@ def plan_job(video, out, codec, text_encoder):
     if not board.exists():
         raise UserError(f"{video.name}: has no storyboard, {board.name} must be beside it")
     cuts, last = read_cuts(board)
-    width, height = video_size(video) or (codec.width, codec.height)
-    if width < codec.width or height < codec.height:
-        raise UserError(f"{video.name}: its pictures of {width} x {height} are smaller than {codec.width} x {codec.height}; "
-                        "enlarge them first, or give a smaller --width and --height")
-    stat, words = video.stat(), hashlib.sha256(board.read_bytes()).hexdigest()[:12]
-    source = f"{video.name} {stat.st_size} {stat.st_mtime_ns} {words} {codec.id} {text_encoder.id}"
+    stat = video.stat()
+    source = f"{video.name} {stat.st_size} {stat.st_mtime_ns} {short_hash(board.read_bytes())} {codec.id} {text_encoder.id}"
     return Job(video, out / f"{video.stem}.safetensors", tuple(cuts), last, source)
 
 
@@ -1224,6 +1223,10 @@ def ingest_video(job, codec, text_encoder, advance):
     """One video -> one file of latents and text embeddings, unless it is there already. Calls advance(segments done)."""
     if read_metadata(job.target).get("source") == job.source:
         return advance(len(job.texts))
+    width, height = video_size(job.video) or (codec.width, codec.height)
+    if width < codec.width or height < codec.height:
+        raise UserError(f"{job.video.name}: its pictures of {width} x {height} are smaller than {codec.width} x {codec.height}; "
+                        "enlarge them first, or give a smaller --width and --height")
     frames = read_frames(job.video, codec.height, codec.width)
     latents = []
     for segment in cut_segments(frames, job.cuts, job.last, job.video.name):
@@ -1278,7 +1281,7 @@ def write_index(out, codec, text_encoder):
     for path in sorted(out.glob("*.safetensors")):
         metadata = read_metadata(path)
         if (metadata.get("codec"), metadata.get("text_encoder")) == (codec.id, text_encoder.id):
-            files.append({"file": path.name, "segments": int(metadata["segments"])})
+            files.append({"file": path.name, "segments": int(metadata["segments"]), "places": json.loads(metadata.get("places", "[]"))})
     index = {"format": FORMAT, "codec": codec.id, "scale": codec.scale, "fps": FPS,
              "latents": [13, codec.channels, codec.height // codec.down_space, codec.width // codec.down_space],
              "text_encoder": text_encoder.id, "text": [text_encoder.length, text_encoder.dim], "videos": files}
@@ -1340,8 +1343,7 @@ class Runs:
         if not self.runs:
             longest = max((video["segments"] for video in videos), default=0)
             raise UserError(f"{folder}: no video has {segments} segments, the longest has {longest}")
-        places = [json.loads(read_metadata(self.folder / video["file"]).get("places", "[]")) for video in videos]
-        self.runs = [(i, start) for i, start in self.runs if returns(places[i][start:start + segments])] or self.runs
+        self.runs = [(i, start) for i, start in self.runs if returns(videos[i].get("places", [])[start:start + segments])] or self.runs
         size = sum(video["segments"] for video in videos) * 2 * np.prod(self.index["latents"])
         self.videos = [self.open(video, whole=size < self.in_memory) for video in videos]
 

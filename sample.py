@@ -11,12 +11,12 @@ Writes the video as mp4 and GIF, and a contact sheet as PNG: a row a scene, each
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import dataset
 from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
-from ttt_minute import (LAYERS, PRESETS, STAGES, Config, alphas_cumprod, find_checkpoint, load_checkpoint, pick_device,
+from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_noise, alphas_cumprod, find_checkpoint, load_checkpoint, pick_device,
                         run_folder, save_model)
 
 # ----------------------------------------------------------------------------------------------------
@@ -140,22 +140,30 @@ def save_video(frames, board, path):
         contact_sheet(frames, board).save(temporary)
 
 
-def plot_loss(folder):
-    """loss.png from a stage's log.jsonl."""
+@contextmanager
+def plot(path, **labels):
+    """Axes to draw on; the plot is written at the end."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4))
+    yield axes
+    axes.set(**labels)
+    axes.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_loss(folder):
+    """loss.png from a stage's log.jsonl."""
     loss = np.array([json.loads(line)["loss"] for line in (folder / "log.jsonl").open()])
     window = max(1, len(loss) // 20)
     mean = np.convolve(loss, np.ones(window) / window, mode="valid")
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(loss, color="0.8", linewidth=0.8, label="each step")
-    axes.plot(np.arange(window - 1, len(loss)), mean, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss (mean squared error of v)", title=f"{folder.parent.name}, stage {folder.name}", ylim=(0, None))
-    axes.legend()
-    with atomic(folder / "loss.png") as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    title = f"{folder.parent.name}, stage {folder.name}"
+    with plot(folder / "loss.png", xlabel="step", ylabel="loss (mean squared error of v)", title=title, ylim=(0, None)) as axes:
+        axes.plot(loss, color="0.8", linewidth=0.8, label="each step")
+        axes.plot(np.arange(window - 1, len(loss)), mean, color="tab:blue", label=f"mean of {window} steps")
 
 
 def held_out(segments, seed=0):
@@ -166,8 +174,7 @@ def held_out(segments, seed=0):
 def encoders_of(model, path, args, device):
     """The codec and the text encoder a model was trained with, or a UserError: others would give a wrong video without a word."""
     config = model.config
-    size, text = (8 * config.height, 8 * config.width), (config.text_len, config.text_dim)
-    pair = dataset.encoders_of(model.encoders, path, args.vae, args.text_encoder, args.vae_scale, size, text, device)
+    pair = dataset.encoders_of(model.encoders, path, args.vae, args.text_encoder, args.vae_scale, config.frame_size, config.text_size, device)
     for encoder, flag, kind in zip(pair, ("--vae", "--text_encoder"), model.encoders):
         if encoder is None:
             raise UserError(f"{flag} FOLDER is missing: {path} was trained with {model.encoders[kind]}")
@@ -276,7 +283,7 @@ def sprites(who):
     keys = [(colour, pose, right) for colour in dataset.CHARACTER_COLOURS for pose in POSES for right in (False, True)]
     drawn = [dataset.sprite(who, *key) for key in keys]
     paint, clear = (np.pad(np.stack(x), ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=fill) for x, fill in zip(zip(*drawn), (0, 1)))
-    paint, clear = (reduce(torch.from_numpy(x).float(), "k (h a) (w b) c -> k c h w", "mean", a=2, b=2) for x in (paint / 255, clear))
+    paint, clear = (rearrange(torch.from_numpy(half(x)), "k h w c -> k c h w") for x in (paint / 255, clear))
     mask = (clear < 0.5).float()
     return keys, paint / (1 - clear).clamp_min(0.5) * mask, mask
 
@@ -365,20 +372,20 @@ CHANCE = {"rooms": (1 / len(dataset.WALL_COLOURS) + 1 / len(dataset.FURNITURE) +
           "characters": 1 / len(dataset.CHARACTER_COLOURS)}
 
 
-def evaluate_stage(model, codec, text_encoder, segments, seeds, folder, **settings):
-    """Sample and score the held-out storyboards of some seeds, and return what was found. Writes evaluation.json, consistency.png and a
-    strip of the first video, evaluation.png, into the folder. What an interrupted run has scored with the same settings is kept."""
+def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, folder, **settings):
+    """Sample and score the held-out storyboards of some seeds: (what was found in every video, memory_in_loss). Writes evaluation.json,
+    consistency.png and a strip of the first video, evaluation.png, into the folder. What an interrupted run has scored with the same
+    checkpoint and settings is kept."""
     from PIL import Image
-    path, settings = folder / "evaluation.json", {"segments": segments, **settings}
+    path, made_with = folder / "evaluation.json", {"checkpoint": dataset.short_hash(checkpoint.read_bytes()), **settings}
     done = json.loads(path.read_text()) if path.exists() else {}
-    stamp = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12] if (folder / "model.safetensors").exists() else "shipped"
-    if (done.get("settings"), done.get("checkpoint")) != (settings, stamp):
-        done = {"settings": settings, "checkpoint": stamp, "videos": {}}
+    if done.get("made_with") != made_with:
+        done = {"made_with": made_with, "memory": memory_in_loss(model, codec, text_encoder), "videos": {}}
     for seed in seeds:
         if str(seed) not in done["videos"]:
             episode = dataset.episode(dataset.TEST_SEEDS + seed, segments)
             text, _ = embed(episode.segments, text_encoder)
-            frames = codec.decode(generate(model, text, seed=seed, **{key: value for key, value in settings.items() if key != "segments"}))
+            frames = codec.decode(generate(model, text, seed=seed, **settings))
             scores, returns = evaluate(frames, episode)
             if seed == seeds[0]:
                 with atomic(folder / "evaluation.png") as temporary:
@@ -388,34 +395,36 @@ def evaluate_stage(model, codec, text_encoder, segments, seeds, folder, **settin
                 temporary.write_text(json.dumps(done) + "\n")
     videos = [done["videos"][str(seed)] for seed in seeds]
     plot_consistency({folder.parent.name: videos}, folder / "consistency.png")
-    return videos
+    return videos, done["memory"]
 
 
 @torch.no_grad()
 def memory_in_loss(model, codec, text_encoder, videos=16, levels=(800, 880, 920)):
-    """What a network gains from an earlier scene, without sampling: on held-out stories A B A, the loss of the third scene, and how much
-    it rises when the first scene has the hidden attributes of another episode. Returns {t: (loss, rise)}."""
-    alpha_bar, losses = alphas_cumprod(model.config.snr_shift), {t: [] for t in levels}
+    """What a network gains from an earlier scene, without sampling: on held-out stories A B A, how much the loss of the third scene rises
+    when the first has the hidden attributes of another episode. Returns [(t, loss, rise)]."""
+    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    losses = {t: [] for t in levels}
     for seed in range(dataset.TEST_SEEDS, dataset.TEST_SEEDS + videos):
         episode, other = dataset.episode(seed, 3), dataset.episode(seed + videos, 3)
         stranger = dataclasses.replace(episode, colours=other.colours, rooms=other.rooms)
         own, swapped = (codec.encode(dataset.render(story, codec.height, codec.width)) for story in (episode, stranger))
-        stories = torch.stack([own, torch.cat([swapped[:13], own[13:]])])
-        text = embed(episode.segments, text_encoder)[0].expand(2, -1, -1, -1)
-        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
+        stories = torch.stack([own, torch.cat([swapped[:13], own[13:]])]).to(device)
+        text = embed(episode.segments, text_encoder)[0].expand(2, -1, -1, -1).to(device)
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(device)
         for t in levels:
-            a, s = alpha_bar[t].sqrt().item(), (1 - alpha_bar[t]).sqrt().item()
-            error = model(a * stories + s * noise, text, torch.tensor([t, t])) - (a * noise - s * own)
-            losses[t].append(error[:, 26:].square().mean((1, 2, 3, 4)))               # frames of the third scene alone
-    means = {t: torch.stack(own).mean(0).tolist() for t, own in losses.items()}
-    return {t: (own, swapped - own) for t, (own, swapped) in means.items()}
+            x_t, v = add_noise(stories, torch.tensor([t, t], device=device), noise, model.config.snr_shift)
+            error = (model(x_t, text, torch.tensor([t, t], device=device)) - v)[:, 26:]       # frames of the third scene alone
+            losses[t].append(error.square().mean((1, 2, 3, 4)))
+    means = {t: torch.stack(both).mean(0).tolist() for t, both in losses.items()}
+    return [(t, own, swapped - own) for t, (own, swapped) in means.items()]
 
 
 def print_scores(found):
-    """{name: videos} as a table: mean and standard error over videos of each axis, then how much of what returned came back."""
+    """{name: (videos, memory)} as a table: mean and standard error over videos of each axis, then how much of what returned came back,
+    and what the loss says of memory."""
     spans = [(kind, low, high) for kind in CHANCE for low, high in ((1, 4), (5, 20))]
-    print(f"{'':<22}" + "".join(f"{axis:>22}" for axis in AXES) + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans))
-    for name, videos in found.items():
+    print(f"{'':<22}" + "".join(f"{axis:>22}" for axis in AXES) + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans) + f"{'memory':>24}")
+    for name, (videos, memory) in found.items():
         row = f"{name:<22}"
         for axis in AXES:
             scores = np.array([video["scores"][axis] for video in videos])
@@ -425,8 +434,10 @@ def print_scores(found):
             same = [same for video in videos for what, distance, same in video["returns"]
                     if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance <= high]
             row += f"{f'{np.mean(same):.3f} ({len(same)})' if same else '-':>24}"
-        print(row)
+        t, loss, rise = max(memory, key=lambda level: level[2])
+        print(row + f"{f'{rise:+.4f} of {loss:.3f} ({t})':>24}")
     print("chance: " + ", ".join(f"{kind} {chance:.2f}" for kind, chance in CHANCE.items()) + "; in brackets how many returns were seen, after so many segments")
+    print("memory: on stories A B A, how much the loss of the third scene rises when the first has a stranger's colours, at the t in brackets")
 
 
 def compare(args, names, evaluate_layer):
@@ -455,28 +466,20 @@ def compare(args, names, evaluate_layer):
         sheet.save(temporary)
     with atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
-    plot_consistency(found, folder / "consistency.png")
+    plot_consistency({layer: videos for layer, (videos, _) in found.items()}, folder / "consistency.png")
     print_scores(found)
     print(f"look at {folder / 'comparison.png'}")
 
 
 def plot_consistency(videos, path):
     """Temporal consistency against the segments since the first appearance, a line for each {name: videos}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, own in videos.items():
-        by_distance = {}
-        for _, distance, same in (item for video in own for item in video["returns"]):
-            by_distance.setdefault(distance, []).append(same)
-        axes.plot(sorted(by_distance), [np.mean(by_distance[distance]) for distance in sorted(by_distance)], marker="o", label=name)
-    axes.axhline(CHANCE["rooms"], color="0.6", linestyle=":", label="chance")
-    axes.set(xlabel="segments since the first appearance", ylabel="hidden attributes that came back", ylim=(0, 1.03))
-    axes.legend()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    with plot(path, xlabel="segments since the first appearance", ylabel="hidden attributes that came back", ylim=(0, 1.03)) as axes:
+        for name, own in videos.items():
+            by_distance = {}
+            for _, distance, same in (item for video in own for item in video["returns"]):
+                by_distance.setdefault(distance, []).append(same)
+            axes.plot(sorted(by_distance), [np.mean(by_distance[distance]) for distance in sorted(by_distance)], marker="o", label=name)
+        axes.axhline(CHANCE["rooms"], color="0.6", linestyle=":", label="chance")
 
 
 def natural(track):
@@ -543,15 +546,12 @@ def main():
             model, path = load_stage(args, dataclasses.replace(config, layer=layer))
             codec, text_encoder = encoders_of(model, path, args, device)
             folder, seeds = run_folder(args.out_dir, model.config, args.stage), range(args.seed, args.seed + args.videos)
-            return evaluate_stage(model.to(device), codec, text_encoder, segments, seeds, folder, steps=args.steps, guidance=list(args.guidance))
+            settings = dict(steps=args.steps, guidance=list(args.guidance))
+            return evaluate_stage(model.to(device), path, codec, text_encoder, segments, seeds, folder, **settings)
 
         if args.compare:
             return compare(args, args.layers or list(LAYERS), evaluate_layer)
-        print_scores({args.layer: evaluate_layer(args.layer)})
-        model, path = load_stage(args, config)
-        for t, (loss, rise) in memory_in_loss(model, *encoders_of(model, path, args, "cpu")).items():
-            print(f"third scene of A B A at t {t}: loss {loss:.4f}, with a stranger's first scene {rise:+.4f}")
-        return None
+        return print_scores({args.layer: evaluate_layer(args.layer)})
     out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: the name must end in .mp4")

@@ -116,6 +116,14 @@ class Config:
     def window(self):               # W of sliding-window attention: 8192 of a segment's 17,776 tokens at 5b (section 4.1)
         return max(1, round((self.text_len + math.prod(self.grid(1))) * 8192 / 17776))
 
+    @property
+    def frame_size(self):           # height and width in pixels: the codec has a factor of 8
+        return 8 * self.height, 8 * self.width
+
+    @property
+    def text_size(self):            # tokens of a segment, and their width
+        return self.text_len, self.text_dim
+
     def grid(self, segments):       # (T, h, w) of a video, in tokens
         return 12 * segments + 1, self.height // self.patch, self.width // self.patch
 
@@ -147,7 +155,7 @@ class Stage:
     noise: tuple = (0.0, 1.0)       # diffusion timesteps are drawn from this part of 0 .. 999
 
 
-STAGES = {
+PAPER_STAGES = {
     "3s": Stage(1, 5000, 64, 1e-4, 1e-5, "cosine", everything=True),
     "9s": Stage(3, 5000, 64, 1e-5, 1e-5),
     "18s": Stage(6, 1000, 64, 1e-5, 1e-5),
@@ -179,8 +187,8 @@ SMALL_STAGES = {
     "30s": Stage(10, 500, 8, 2e-4, 1e-4, **RETURNS),
     "63s": Stage(21, 500, 4, 2e-4, 1e-4, **RETURNS),
 }
-PRESET_STAGES = {"pocket": POCKET_STAGES, "small": SMALL_STAGES, "5b": STAGES}      # name -> Stage, in their order
-STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | STAGES
+PRESET_STAGES = {"pocket": POCKET_STAGES, "small": SMALL_STAGES, "5b": PAPER_STAGES}
+STAGES = {"pretrain": POCKET_STAGES["pretrain"]} | PAPER_STAGES      # every name there is
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -739,11 +747,9 @@ class SlidingWindow(LocalAttention):
     Queries come in blocks of W: each sees its own block and the one before, so memory is linear in L.
     """
 
-    def forward(self, x, layout):
-        q, k, v = (rearrange(linear(x), "B L (H F) -> B H L F", H=self.config.heads) for linear in self.qkv)
-        rope = scan_rope(layout, self.config.head_width, self.config.rope_theta, x.device)
-        y = window_attention(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, self.config.window)
-        return self.out(rearrange(y, "B H L F -> B L (H F)"))
+    def attend(self, q, k, v, layout):
+        rope = scan_rope(layout, q.shape[-1], self.config.rope_theta, q.device)
+        return window_attention(rotate(q, rope), rotate(k, rope), v, self.config.window)
 
 
 def window_attention(q, k, v, window):
@@ -863,14 +869,18 @@ class Mamba2(nn.Module):
         return self.out(rms_norm(y * F.silu(z.float()), self.norm).to(x.dtype))
 
 
+def delta_heads(config):
+    """Heads of Gated DeltaNet: half of H, so that its state is as large as Mamba 2's, or H where it is odd."""
+    return config.heads // 2 if config.heads % 2 == 0 else config.heads
+
+
 class GatedDeltaNet(nn.Module):
-    """Gated DeltaNet's block: half of H heads, or H where it is odd; keys D wide, values 2D. With half of them its state is as large as
-    Mamba 2's."""
+    """Gated DeltaNet's block: keys D wide, values 2D, in `delta_heads(config)` heads."""
 
     def __init__(self, config):
         super().__init__()
         D = config.dim
-        self.heads = config.heads // 2 if config.heads % 2 == 0 else config.heads
+        self.heads = delta_heads(config)
         self.widths = [D, D, 2 * D]                                                   # q, k, v
         self.qkv = nn.Linear(D, sum(self.widths), bias=False)
         self.conv = ShortConvolution(sum(self.widths), bias=False)
@@ -1159,13 +1169,18 @@ def alphas_cumprod(snr_shift=1.0):
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def diffusion_loss(model, latents, text, t, noise):
-    """Mean squared error of v (v-prediction, appendix A): t int64 [B] in 0..999, noise like latents [B, T, C, h, w]."""
-    alpha_bar = alphas_cumprod(model.config.snr_shift).to(latents.device)[t]
+def add_noise(latents, t, noise, snr_shift):
+    """x_t and v of latents [B, T, C, h, w] and noise like them, at t int64 [B] in 0 .. 999 (appendix A)."""
+    alpha_bar = alphas_cumprod(snr_shift).to(latents.device)[t]
     a, s = (rearrange(y.sqrt().float(), "B -> B 1 1 1 1") for y in (alpha_bar, 1 - alpha_bar))
-    v = a * noise - s * latents
+    return a * latents + s * noise, a * noise - s * latents
+
+
+def diffusion_loss(model, latents, text, t, noise):
+    """Mean squared error of v (v-prediction, appendix A)."""
+    x_t, v = add_noise(latents, t, noise, model.config.snr_shift)
     # An x_0 error weighted by 1/s^2, as in the published code, is the same number: x_0 = a x_t - s v.
-    return F.mse_loss(model(a * latents + s * noise, text, t).float(), v)
+    return F.mse_loss(model(x_t, text, t).float(), v)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1183,7 +1198,7 @@ ALIVE = {"local": (33, 15), "full": (33, 14), "swa": (67, 18), "ttt_linear": (80
 def layer_flops(config):
     """FLOPs of a global layer for one token: (its linear maps and convolutions, the rest)."""
     D, H, width, C = config.dim, config.heads, config.head_width, 64                     # C, the chunk of the recurrences
-    heads = H // 2 if H % 2 == 0 else H                                               # of Gated DeltaNet
+    heads = delta_heads(config)
     K, V = D // heads, 2 * D // heads
     return {"swa": (8 * D ** 2, 8 * config.window * D),
             "ttt_linear": (8 * D ** 2 + 2 * D * H, 3 * 2 * width * D),                # products of F x F, section 4
@@ -1195,9 +1210,8 @@ def layer_flops(config):
 def state_size(config):
     """Numbers that a global layer carries from token to token."""
     D, width = config.dim, config.head_width
-    heads = config.heads // 2 if config.heads % 2 == 0 else config.heads
     return {"swa": 2 * D * config.window, "ttt_linear": D * (width + 1), "ttt_mlp": D * (8 * width + 5), "mamba2": 4 * D * width,
-            "gated_deltanet": 2 * D ** 2 // heads}.get(config.layer, 0)
+            "gated_deltanet": 2 * D ** 2 // delta_heads(config)}.get(config.layer, 0)
 
 
 def forward_flops(config, segments):
@@ -1227,6 +1241,7 @@ def step_flops(config, stage):
     return {part: flops * (1 + config.recompute + backward[part]) for part, flops in forward.items()}
 
 
+@functools.lru_cache
 def parameter_counts(config, stage):
     """How many parameters: base, TTT, gates, trained in the stage. Nothing is allocated."""
     with torch.device("meta"):
@@ -1352,12 +1367,12 @@ def save_model(model, path, **manifest):
         save_file(tensors, temporary, metadata={"ttt_minute": json.dumps(manifest)})
 
 
-def read_checkpoint(path):
-    """Tensors and manifest of a file that save_model or save_state wrote. Nothing in it is executed."""
+def read_checkpoint(path, whole=True):
+    """Tensors and manifest of a file that save_model or save_state wrote; no tensors unless `whole`. Nothing in it is executed."""
     try:
         with safe_open(path, "pt") as file:
             manifest = json.loads((file.metadata() or {}).get("ttt_minute", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if whole}
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; train its stage first")
     except (SafetensorError, OSError, ValueError) as error:
@@ -1388,7 +1403,7 @@ def find_checkpoint(out_dir, config, name):
     if own.exists():
         return own
     shipped = ASSETS / f"{config.preset}-{layer_of(config, name)}-{name}.safetensors"
-    fits = shipped.exists() and not difference(read_checkpoint(shipped)[1]["config"], dataclasses.asdict(config))
+    fits = shipped.exists() and not difference(read_checkpoint(shipped, whole=False)[1]["config"], dataclasses.asdict(config))
     return shipped if fits else None
 
 
@@ -1677,9 +1692,9 @@ def find_start(args, config, chain):
 
 def check_5b(args, start, todo):
     """Preset 5b makes nothing by itself: weights and data are the user's."""
-    if args.stage == "3s" and not start:
+    if not start and args.stage == "3s":
         raise UserError("stage 3s of preset 5b starts from CogVideoX-5B's weights; name their folder with --init_from FOLDER")
-    if todo[:1] not in ([], [args.stage]) or todo and not start:
+    if len(todo) > 1:
         raise UserError(f"stage {args.stage} starts from the stage before it, and {todo[-2]} is not trained; "
                         f"train it with --stage {todo[-2]}, or name weights with --init_from")
     if todo and not args.data:
@@ -1734,8 +1749,7 @@ def main():
     chain = list(stages)[:list(stages).index(args.stage) + 1]
     folders = {name: run_folder(args.out_dir, config, name) for name in chain}
     start, todo = find_start(args, config, chain)
-    size, text = (8 * config.height, 8 * config.width), (config.text_len, config.text_dim)
-    data = Path(args.data or Path(args.out_dir) / "pocket-world" / "latents-{}x{}".format(*size))
+    data = Path(args.data or Path(args.out_dir) / "pocket-world" / "latents-{}x{}".format(*config.frame_size))
     rendered = args.data or (data / "index.json").exists() or config.preset == "5b"
     episodes = 0 if rendered or not todo else args.episodes
     if args.dry_run:
@@ -1749,14 +1763,15 @@ def main():
     if todo:
         print_plan(config, stages, todo, start, device, episodes)
     if episodes:
-        world = dataset.open_encoders(size=size, text=text)
+        world = dataset.open_encoders(size=config.frame_size, text=config.text_size)
         videos = Path(args.out_dir) / "pocket-world" / "videos"
         dataset.render_world(videos, episodes)
         dataset.ingest(videos, data, *world)
     import sample
     runs = open_runs(data, stages[args.stage].segments, config) if todo or args.data else None      # a mistake should show before hours of work
-    made_with = runs.encoders if runs else read_checkpoint(start)[1]["encoders"]
-    codec, text_encoder = dataset.encoders_of(made_with, data if runs else start, args.vae, None, args.vae_scale, size, text, device)
+    made_with = runs.encoders if runs else read_checkpoint(start, whole=False)[1]["encoders"]
+    codec, text_encoder = dataset.encoders_of(made_with, data if runs else start, args.vae, None, args.vae_scale,
+                                              config.frame_size, config.text_size, device)
 
     for name in todo:
         stage, folder = stages[name], folders[name]
