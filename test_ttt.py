@@ -7,6 +7,7 @@
 import argparse
 import dataclasses
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -1606,6 +1607,339 @@ def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_
     assert run(sample, "--stage", "9s", "--out_dir", trained / "nowhere", "--compare", "--layers", "swa") == 2
 
 
+# ----------------------------------------------------------------------------------------------------
+# Exercises (stated in the README). Each test runs on the reference below and on exercises.py, where it is.
+#
+# A wrong answer is compared with what the likely mistakes give; the hint of the one that explains it is printed. Every run also
+# checks that each mistake would be noticed.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """The answers. Most are lines of ttt_minute.py."""
+
+    def l2_gradient(Z, target, gamma, beta, eps):
+        xh, statistics = ttt_minute.normalise(Z, eps)
+        return ttt_minute.J(gamma * (gamma * xh + beta - target), statistics)
+
+    def linear_dual(W, q, k, v, eta, gamma, beta, eps):
+        return ttt_minute.step_dual(W, q, k, v, eta, gamma, beta, eps)
+
+    def mlp_primal(W, q, k, v, eta, gamma, beta, eps):
+        W = ttt_minute.descend(W, k, ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps))
+        return ttt_minute.read(W, q, gamma, beta, eps), W
+
+    def reverse_order(segments, text, frame):
+        return scan_order(Layout(segments, text, (12 * segments + 1, 1, frame), reversed=True), torch.device("cpu"))
+
+    def segment_mask(segments, text, frame):
+        words, video = torch.arange(segments * text), torch.arange((12 * segments + 1) * frame) // frame
+        inside = [torch.cat([words // text == i, (video >= 12 * i) & (video <= 12 * i + 12)]) for i in range(segments)]
+        return sum(own[:, None] & own for own in inside).bool()
+
+    def delta_step(S, q, k, v, g, beta):
+        S = g.exp() * S
+        S = S + beta * k[:, None] * (v - k @ S)
+        return q @ S / math.sqrt(len(q)), S
+
+    def v_target(x_0, noise, alpha_bar):
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0
+
+    def ddim_step(x, v, alpha_bar, next_bar):
+        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return next_bar.sqrt() * (a * x - s * v) + (1 - next_bar).sqrt() * (a * v + s * x)
+
+    def both_directions(x, layer, order, alpha, beta):
+        z = x + torch.tanh(alpha) * layer(x)
+        return z + torch.tanh(beta) * layer(z[:, order])[:, order.argsort()]
+
+    def mini_batch_curve(sizes, weights, k, v, eta, gamma, beta):
+        curve = {}
+        for b in sizes:
+            begin = time.perf_counter()
+            _, last = ttt_scan("mlp", weights, k, k, v, eta / b, gamma, beta, b)
+            seconds = time.perf_counter() - begin
+            curve[b] = recall_error(last, k, v, gamma, beta), seconds
+        return curve
+
+    def gate_curve(inits, steps, runs, config, weights):
+        stage = Stage(1, steps, 2, 1e-3, 5e-4, everything=True)
+        curves = {}
+        for init in inits:
+            own = dataclasses.replace(config, gate_init=init)
+            model = ttt_minute.new_model(own, weights, runs.encoders)
+            optimizer, = make_optimizers(model, stage, own)
+            curves[init] = []
+            for step in range(steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"]
+                loss = diffusion_loss(model, *next(ttt_minute.draw(runs, stage, own, "3s", step)))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                curves[init].append(loss.item())
+        return curves
+
+
+exercise = pytest.mark.parametrize("source", ["reference", "yours"])
+
+
+def written(source, *names):
+    """The functions of an exercise, from the reference or from exercises.py; a skip that says what to write."""
+    if source == "reference":
+        return [getattr(Reference, name) for name in names]
+    there = importlib.util.find_spec("exercises")
+    module = importlib.import_module("exercises") if there else None
+    for name in names:
+        if not hasattr(module, name):
+            pytest.skip(f"write {name}{inspect.signature(getattr(Reference, name))} in exercises.py")
+    return [getattr(module, name) for name in names]
+
+
+def judge(answer, right, mistakes, tolerance=1e-9):
+    """Passes where the answer is right; else fails with the hint of the mistake that gives the same."""
+    def same(x, y):
+        return x.shape == y.shape and relative(x, y) < tolerance
+
+    answer, right = (torch.as_tensor(x).double() for x in (answer, right))
+    mistakes = {hint: torch.as_tensor(wrong).double() for hint, wrong in mistakes.items()}
+    for hint, wrong in mistakes.items():
+        assert not same(wrong, right), f"this mistake would not be noticed: {hint}"
+    if not same(answer, right):
+        other = f"relative error {relative(answer, right):.1e}" if answer.shape == right.shape else f"shape {list(answer.shape)}, wanted {list(right.shape)}"
+        pytest.fail(next((hint for hint, wrong in mistakes.items() if same(answer, wrong)), f"not yet: {other}"), pytrace=False)
+
+
+def inner_step(kind):
+    """Arguments of one mini-batch, float64: W, q, k, v, eta, gamma, beta, eps."""
+    weights, (q, k, v, eta, gamma, beta) = scan_inputs(kind, B=1, L=10)
+    W = tuple(w if w.ndim == 3 else w[:, None] for w in weights)
+    return W, q[0], k[0], v[0], eta[0, :, :, None], gamma[:, None], beta[:, None], 1e-8
+
+
+@exercise
+def test_exercise_01_the_gradient_through_layernorm(source):
+    """The derivative of 1/2 || gamma xh + beta - target ||^2 with respect to what LayerNorm normalises."""
+    l2_gradient, = written(source, "l2_gradient")
+    _, Z, target, _, _, gamma, beta, eps = inner_step("linear")
+    leaf = Z.clone().requires_grad_()
+    error = gamma * F.layer_norm(leaf, leaf.shape[-1:], eps=eps) + beta - target
+    right, = torch.autograd.grad(0.5 * error.square().sum(), leaf)
+    xh, statistics = ttt_minute.normalise(Z, eps)
+    r, p = statistics[2], gamma * error.detach()
+
+    def mean(x):
+        return x.mean(-1, keepdim=True)
+
+    judge(l2_gradient(Z, target, gamma, beta, eps), right, {
+        "LayerNorm is not only a scale: a change that is the same in every channel changes nothing, so nothing of it may come back": r * (p - xh * mean(p * xh)),
+        "LayerNorm undoes any change of scale, so the gradient has no part along xh": r * (p - mean(p)),
+        "the chain rule passes through gamma on its way back, too": ttt_minute.J(error.detach(), statistics),
+        "the loss has a 1/2 in front of the square": 2 * right})
+
+
+@exercise
+def test_exercise_02_the_dual_form_of_ttt_linear(source):
+    """What the new weights would answer, without forming them first (section 3.4)."""
+    linear_dual, = written(source, "linear_dual")
+    W, q, k, v, eta, gamma, beta, eps = step = inner_step("linear")
+    right, new = step_autograd(*step)
+    _, _, _, _, L, G = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
+
+    def read(Z):
+        return q + gamma * F.layer_norm(Z, Z.shape[-1:], eps=eps) + beta
+
+    before, scores = q @ W[0] + W[1], q @ k.mT
+    answer, weights = linear_dual(*step)
+    judge(answer, right, {
+        "the output reads the weights AFTER the step; this is what the old ones say": read(before),
+        "the bias b1 takes a step too: where does the 1 in (q k^T + 1) come from?": read(before - scores @ G),
+        "eta belongs to the token that is learned (a column of q k^T), not to the one that asks": read(before - eta * ((scores + 1) @ L)),
+        "nothing is causal inside a mini-batch: every token reads the W that has seen all of them": read(before - (scores + 1).tril() @ G)})
+    for mine, theirs in zip(weights, new):
+        judge(mine, theirs, {})
+
+
+@exercise
+def test_exercise_03_the_primal_form_of_ttt_mlp(source):
+    """Step, then read: the same numbers as the dual form, with fewer products."""
+    mlp_primal, = written(source, "mlp_primal")
+    W, q, k, v, eta, gamma, beta, eps = step = inner_step("mlp")
+    right, new = step_autograd(*step)
+    *_, L, G, X2, M, G1, slopes = gradient = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
+
+    def read(W):
+        return ttt_minute.read(W, q, gamma, beta, eps)
+
+    def with_G1(G1):
+        return ttt_minute.descend(W, k, (*gradient[:-2], G1, slopes))
+
+    answer, weights = mlp_primal(*step)
+    judge(answer, right, {
+        "the output reads the weights AFTER the step (eq 14)": read(W),
+        "both layers step at once: the gradient passes through the W2 that made the error, not through the new one": read(with_G1((G @ new[2].mT) * slopes[0])),
+        "the way back leads through GELU: where is its slope?": read(with_G1(M)),
+        "eta weighs each token's loss, once: it is in the gradients of both layers, and in neither twice": read(with_G1(eta * G1))})
+    for mine, theirs in zip(weights, new):
+        judge(mine, theirs, {})
+    judge(answer, ttt_minute.step_dual(*step)[0], {})
+
+
+@exercise
+def test_exercise_04_a_story_told_backwards(source):
+    """Two segments of two words, one token a frame: words are stored at 0..3, frames at 4..28."""
+    reverse_order, = written(source, "reverse_order")
+    first, second, right = list(range(4, 17)), list(range(17, 29)), [2, 3, *range(28, 16, -1), 0, 1, *range(16, 3, -1)]
+    judge(reverse_order(2, 2, 1), torch.tensor(right), {
+        "a text stays readable: only the frames run backwards": torch.tensor([3, 2, *second[::-1], 1, 0, *first[::-1]]),
+        "a text comes before its own segment's frames in this direction, too": torch.tensor([*second[::-1], 2, 3, *first[::-1], 0, 1]),
+        "the last segment comes first": torch.tensor([0, 1, *first[::-1], 2, 3, *second[::-1]]),
+        "a segment keeps its own frames: the first has 13, the others 12, in both directions": torch.tensor([2, 3, *range(28, 15, -1), 0, 1, *range(15, 3, -1)])})
+    judge(reverse_order(5, 3, 4), scan_order(Layout(5, 3, (61, 2, 2), reversed=True), torch.device("cpu")), {})
+
+
+@exercise
+def test_exercise_05_who_sees_whom_inside_segments(source):
+    """What local attention reads, found by its derivative."""
+    segment_mask, = written(source, "segment_mask")
+    config, layout = dataclasses.replace(TINY, heads=1, layer="local"), Layout(3, 2, (37, 1, 1))
+    attention = LocalAttention(config)
+    jacobian = torch.autograd.functional.jacobian(lambda x: attention(x, layout).sum((0, 2)), torch.randn(1, layout.tokens, config.dim))
+    right = jacobian[:, 0].abs().sum(-1) > 0                                          # [L, L]
+    video = torch.arange(37)
+    owner = torch.cat([torch.arange(6) // 2, (video - 1).clamp(min=0) // 12])
+    words = torch.cat([torch.ones(6), torch.zeros(37)]).bool()
+    judge(segment_mask(3, 2, 1), right, {
+        "neighbours share a latent frame: frame 12 belongs to segments 0 and 1": owner[:, None] == owner,
+        "attention inside a segment is not causal": right.tril(),
+        "a text is read in its own segment only": right | words,
+        "attention is local: segments that share nothing do not see each other": torch.ones_like(right)})
+
+
+@exercise
+def test_exercise_06_a_gated_delta_step(source):
+    """Gated DeltaNet token by token (section 7 of ttt_minute.py): what a step does that TTT-Linear does with a gradient."""
+    delta_step, = written(source, "delta_step")
+    torch.manual_seed(0)
+    K, V, L = 4, 6, 5
+    q, k, v = torch.randn(L, K).double(), F.normalize(torch.randn(L, K).double(), dim=-1), torch.randn(L, V).double()
+    g, beta = -torch.rand(L).double(), torch.rand(L).double()
+    right, state = ttt_minute.gated_delta_rule(*(x[None, None] for x in (q, k, v, g, beta)))
+
+    def run_through(step):
+        S, outs = torch.zeros(K, V).double(), []
+        for t in range(L):
+            out, S = step(S, q[t], k[t], v[t], g[t], beta[t])
+            outs.append(out)
+        return torch.stack(outs)
+
+    def read(S, q):
+        return q @ S / K ** 0.5, S
+
+    def write(S, k, v, beta):
+        return S + beta * k[:, None] * (v - k @ S)
+
+    judge(run_through(delta_step), right[0, 0], {
+        "the state fades before its error is measured, not after": run_through(lambda S, q, k, v, g, beta: read(g.exp() * write(S, k, v, beta), q)),
+        "a token reads the state that it has written to": run_through(
+            lambda S, q, k, v, g, beta: (read(g.exp() * S, q)[0], write(g.exp() * S, k, v, beta))),
+        "the delta rule stores what is missing: v minus what the state answers already": run_through(
+            lambda S, q, k, v, g, beta: read(g.exp() * S + beta * k[:, None] * v, q)),
+        "beta is how much of the error is written": run_through(lambda S, q, k, v, g, beta: read(write(g.exp() * S, k, v, 1), q)),
+        "the answer is divided by sqrt(K), like the scores of attention": right[0, 0] * K ** 0.5})
+
+
+@exercise
+def test_exercise_07_v_prediction_and_a_ddim_step(source):
+    """With the true v a step of any size leads along the same x_0 and noise (appendix A)."""
+    v_target, ddim_step = written(source, "v_target", "ddim_step")
+    torch.manual_seed(0)
+    x_0, noise = torch.randn(2, 50).double()
+    bar, after = alphas_cumprod()[[600, 300]]
+    a, s, x = bar.sqrt(), (1 - bar).sqrt(), bar.sqrt() * x_0 + (1 - bar).sqrt() * noise
+    v = a * noise - s * x_0
+    judge(v_target(x_0, noise, bar), v, {
+        "alpha-bar is a variance: signal and noise are scaled by the roots of it and of the rest": bar * noise - (1 - bar) * x_0,
+        "v is where x_t moves as noise is turned in: mostly noise while x_t is clean, minus the signal in the end": -v,
+        "v mixes the two crosswise: a noise - s x_0, where x_t is a x_0 + s noise": s * noise - a * x_0})
+
+    def to_next(x_0, noise):
+        return after.sqrt() * x_0 + (1 - after).sqrt() * noise
+
+    judge(ddim_step(x, v, bar, after), to_next(x_0, noise), {
+        "v is not the noise: it has to be turned into x_0 and noise first": to_next((x - s * v) / a, v),
+        "x_0 is a x - s v: the sign turns around": to_next(a * x + s * v, noise),
+        "a step ends at the NEXT noise level": x,
+        "the noise goes along: DDIM keeps its direction and draws none": after.sqrt() * x_0})
+
+
+@exercise
+def test_exercise_08_gate_and_both_directions(source):
+    """Eq 6 to 12 around any layer; with closed gates nothing changes, and only the gates can learn."""
+    both_directions, = written(source, "both_directions")
+    torch.manual_seed(0)
+    x, order = torch.randn(2, 7, 3).double(), torch.tensor([1, 0, 6, 5, 4, 2, 3])
+    alpha, beta, weight = torch.tensor(0.5).double(), torch.tensor(-1.5).double(), torch.randn(3, 3).double()
+
+    def layer(x):                                             # anything that is not the same in both directions
+        return (x @ weight).cumsum(1)
+
+    right = (z := x + alpha.tanh() * layer(x)) + beta.tanh() * layer(z[:, order])[:, order.argsort()]
+    judge(both_directions(x, layer, order, alpha, beta), right, {
+        "what comes out of the reverse scan has to be put back in place": z + beta.tanh() * layer(z[:, order]),
+        "the reverse direction reads Z, what the forward direction made": z + beta.tanh() * layer(x[:, order])[:, order.argsort()],
+        "a gate is tanh(alpha): near 0 for small alpha, never beyond 1": (y := x + alpha * layer(x)) + beta * layer(y[:, order])[:, order.argsort()],
+        "a gate adds to what was there, it does not replace it": z * 0 + right - x})
+    closed, weight = torch.zeros((), dtype=torch.float64, requires_grad=True), weight.requires_grad_()
+    out = both_directions(x, layer, order, closed, closed)
+    to_weight, to_gate = torch.autograd.grad(out.square().sum(), (weight, closed))
+    assert torch.equal(out, x), "with alpha = beta = 0 the old network is left exactly as it was"
+    assert not to_weight.any() and to_gate, "with closed gates no gradient reaches the layer, only the gates: why does training start at 0.1?"
+
+
+@exercise
+def test_exercise_10_how_large_a_mini_batch(source):
+    """Small mini-batches take more steps and remember better; large ones are faster."""
+    mini_batch_curve, = written(source, "mini_batch_curve")
+    inputs, sizes = mini_batch_experiment(512), (8, 16, 32, 64)
+    curve, expected = mini_batch_curve(sizes, *inputs), Reference.mini_batch_curve(sizes, *inputs)
+    weights, k, v, eta, gamma, beta = inputs
+    for b in sizes:
+        judge(curve[b][0], expected[b][0], {
+            "the error of the LAST weights is asked for; these have learned nothing": recall_error(weights, k, v, gamma, beta),
+            "eta is for a whole mini-batch: each of its b tokens gets eta / b": recall_error(ttt_scan("mlp", weights, k, k, v, eta, gamma, beta, b)[1], k, v, gamma, beta),
+        }, tolerance=1e-5)
+    losses = [curve[b][0] for b in sizes]
+    assert losses == sorted(losses) and min(seconds for _, seconds in curve.values()) > 0
+
+
+@exercise
+def test_exercise_11_how_far_the_gate_is_open_at_first(world, source):
+    """A closed gate starts where the pre-trained network is; an open one starts worse, and learns."""
+    gate_curve, = written(source, "gate_curve")
+    runs, weights = dataset.Runs(world, 1), ttt_minute.ASSETS / "pocket-local-pretrain.safetensors"
+    curves = gate_curve((0.0, 1.0), 4, runs, Config(), weights)
+    local = ttt_minute.new_model(Config(layer="local"), weights, runs.encoders)
+    stage = Stage(1, 4, 2, 1e-3, 5e-4, everything=True)
+    first = diffusion_loss(local, *next(ttt_minute.draw(runs, stage, Config(), "3s", 0))).item()
+    assert [len(curve) for curve in curves.values()] == [4, 4]
+    assert curves[0.0][0] == pytest.approx(first, rel=1e-5), "with closed gates the first loss is that of the pre-trained network"
+    assert curves[1.0][0] > 1.01 * first, "an open gate disturbs the network at first; does every value start from a fresh network, on the same batch?"
+    expected = Reference.gate_curve((1.0,), 2, runs, Config(), weights)[1.0]
+    assert curves[1.0][:2] == pytest.approx(expected, rel=1e-3), "the second step follows from the first: does the optimizer step?"
+
+
+def mini_batch_experiment(tokens):
+    """weights, k, v, eta, gamma, beta of an untrained TTT-MLP with two heads, and what it has to learn: v - k is a linear map of k."""
+    weights, (_, k, _, eta, gamma, beta) = scan_inputs("mlp", B=1, H=2, L=tokens, width=32, dtype=torch.float32, std=0.2)
+    truth = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1))
+    return weights, k, k + F.layer_norm(k @ truth, [32]), torch.full_like(eta, 0.1), gamma, beta
+
+
+def recall_error(weights, k, v, gamma, beta):
+    """How far f with these weights is from answering v when shown k: a scan without steps only reads."""
+    answer, _ = ttt_scan("mlp", weights, k, k, v, torch.zeros(k.shape[:3]), gamma, beta)
+    return F.mse_loss(answer, v).item()
 # ----------------------------------------------------------------------------------------------------
 # python test_ttt.py --bench
 # ----------------------------------------------------------------------------------------------------
