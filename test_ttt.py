@@ -1,7 +1,10 @@
-"""The specification as tests, in the order of the paper; and the benchmark.
+"""The specification as tests, in the order of the paper; the exercises; what the README measures and draws.
 
     python -m pytest -q test_ttt.py           # on a laptop, without a GPU
+    python -m pytest -rs -k exercise_03       # one exercise, the reference's answer and yours
+    python test_ttt.py --experiment 10        # the plot of an experiment among the exercises
     python test_ttt.py --bench                # time and memory of the scan and of a training step
+    python test_ttt.py --figure               # the README's picture, assets/figure.png
 """
 
 import argparse
@@ -16,8 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1940,6 +1945,73 @@ def recall_error(weights, k, v, gamma, beta):
     """How far f with these weights is from answering v when shown k: a scan without steps only reads."""
     answer, _ = ttt_scan("mlp", weights, k, k, v, torch.zeros(k.shape[:3]), gamma, beta)
     return F.mse_loss(answer, v).item()
+def experiment(number):
+    """exercise_NN.png: the curves of exercise 10 or 11, by exercises.py where it has the function, else by the reference."""
+    name = {10: "mini_batch_curve", 11: "gate_curve"}[number]
+    own = importlib.util.find_spec("exercises") and hasattr(importlib.import_module("exercises"), name)
+    curve, = written("yours" if own else "reference", name)
+    labels = dict(title=f"exercise {number}, {'yours' if own else 'the reference'}")
+    if number == 10:
+        sizes = 2, 4, 8, 16, 32, 64, 128, 256
+        found = curve(sizes, *mini_batch_experiment(512))
+        with sample.plot(Path("exercise_10.png"), xlabel="b, tokens of a mini-batch", xscale="log", **labels) as axes:
+            axes.plot(sizes, [found[b][0] for b in sizes], marker="o", label="what f has not learned (error of v)")
+            axes.plot(sizes, [found[b][1] / found[sizes[-1]][1] for b in sizes], marker="s", label=f"time, in units of b = {sizes[-1]}")
+            axes.set_yscale("log")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            dataset.render_world(Path(folder) / "videos", 4)
+            dataset.ingest(Path(folder) / "videos", Path(folder) / "latents", dataset.PocketCodec(), dataset.PocketText())
+            runs = dataset.Runs(Path(folder) / "latents", 1)
+            found = curve((0.0, 0.1, 0.3, 1.0), 100, runs, Config(), ttt_minute.ASSETS / "pocket-local-pretrain.safetensors")
+        with sample.plot(Path("exercise_11.png"), xlabel="step", ylabel="loss, mean of 10 steps", **labels) as axes:
+            for init, losses in found.items():
+                axes.plot(np.arange(9, 100), np.convolve(losses, np.ones(10) / 10, mode="valid"), label=f"gate_init {init}")
+    print(f"look at exercise_{number}.png")
+
+
+def figure(path=ttt_minute.ASSETS / "figure.png"):
+    """The idea in a picture: attention inside segments, a hidden state that trains across them, a gate between the two."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    plot, axes = plt.subplots(figsize=(10, 4.6))
+
+    def box(x, y, width, height, words="", colour="white", **settings):
+        axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour, edgecolor="0.25"))
+        axes.text(x + width / 2, y + height / 2, words, ha="center", va="center", **settings)
+
+    def arrow(start, end, **settings):
+        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color="0.25", **settings))
+
+    rooms = dict(zip("ABC", ("#f4c7a1", "#b7d8c0", "#f4c7a1")))
+    for segment, (name, room) in enumerate(zip(("the kitchen", "the garden", "the kitchen again"), rooms.values())):
+        left = 0.2 + 4 * segment
+        axes.text(left + 1.7, 5.35, f"segment {segment}: {name}", ha="center")
+        box(left, 4.4, 0.7, 0.7, "text", "#d9d9ef", fontsize=8)
+        for frame in range(6):
+            box(left + 0.8 + 0.45 * frame, 4.4, 0.4, 0.7, "", room)
+        box(left, 3.3, 3.45, 0.6, "attention inside the segment", "#efefef", fontsize=8)
+        arrow((left + 1.7, 4.35), (left + 1.7, 3.95))
+        for batch in range(2):
+            x = left + 0.25 + 1.75 * batch
+            box(x, 1.3, 1.2, 0.8, f"$W_{{{2 * segment + batch + 1}}}$", "#cfe3f6", fontsize=13)
+            arrow((x + 0.6, 3.25), (x + 0.6, 2.15))
+            arrow((x - (0.55 if batch else 1.05 if segment else 0.5), 1.7), (x, 1.7))
+            arrow((x + 0.6, 1.25), (x + 0.6, 0.65))
+        axes.text(left + 0.95, 2.62, "k, v: learn", fontsize=8)
+        axes.text(left + 0.95, 0.92, "q: ask", fontsize=8)
+        box(left, 0.0, 3.45, 0.6, r"$X' + \tanh(\alpha)\,Z$", "#fbeeb5")
+    axes.text(12.3, 1.7, "a gradient step\non || f(k) - v ||$^2$\na mini-batch", va="center", fontsize=9)
+    axes.text(12.3, 0.3, "the gate", va="center", fontsize=9)
+    axes.text(12.3, 3.6, "CogVideoX,\n3 seconds", va="center", fontsize=9)
+    axes.set(xlim=(-0.4, 14.6), ylim=(-0.2, 5.8))
+    axes.axis("off")
+    plot.savefig(path, dpi=110, bbox_inches="tight")
+    print(f"look at {path}")
+
+
 # ----------------------------------------------------------------------------------------------------
 # python test_ttt.py --bench
 # ----------------------------------------------------------------------------------------------------
@@ -1994,6 +2066,12 @@ def bench():
 
 if __name__ == "__main__":
     parser = dataset.Parser("test_ttt.py", description="The tests run under pytest: python -m pytest -q test_ttt.py")
-    parser.add_argument("--bench", action="store_true", required=True, help="time the scan and a training step")
-    parser.parse_args()
-    bench()
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--bench", action="store_true", help="time the scan and a training step")
+    action.add_argument("--experiment", type=int, choices=(10, 11), help="plot an experiment of the exercises")
+    action.add_argument("--figure", action="store_true", help="draw assets/figure.png")
+    args = parser.parse_args()
+    if args.experiment:
+        experiment(args.experiment)
+    else:
+        figure() if args.figure else bench()

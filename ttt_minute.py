@@ -169,14 +169,14 @@ LR_END = 1e-5                       # where the cosine schedule ends
 # paper's recipe, so it may use Muon, which learns faster than AdamW here.
 # DIFF: stages longer than a segment train at high noise only, where the colours of a scene are decided. With less noise a scene shows
 # its own colours, with more no scene shows any: only in between does another scene have something to tell.
-RETURNS = dict(schedule_new="cosine", schedule_rest="cosine", noise=(0.8, 0.96))
+RETURNS = dict(schedule_rest="cosine", noise=(0.8, 0.96))
 POCKET_STAGES = {
     "pretrain": Stage(1, 4000, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
-    "3s": Stage(1, 80, 8, 1e-3, 5e-4, "cosine", "cosine", everything=True),
-    "9s": Stage(3, 680, 4, 3e-3, 5e-4, **RETURNS),
-    "18s": Stage(6, 480, 2, 2e-3, 3e-4, **RETURNS),
-    "30s": Stage(10, 200, 2, 1e-3, 2e-4, **RETURNS),
-    "63s": Stage(21, 360, 1, 1e-3, 2e-4, **RETURNS),
+    "3s": Stage(1, 40, 8, 5e-4, 5e-4, "cosine", "cosine", everything=True),
+    "9s": Stage(3, 800, 4, 3e-3, 5e-4, **RETURNS),
+    "18s": Stage(6, 700, 2, 2e-3, 3e-4, **RETURNS),
+    "30s": Stage(10, 250, 2, 1e-3, 2e-4, **RETURNS),
+    "63s": Stage(21, 400, 1, 1e-3, 2e-4, **RETURNS),
 }
 # The preset in between starts from nothing too, and has a GPU. Not yet run on one: these numbers are a first guess.
 SMALL_STAGES = {
