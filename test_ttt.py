@@ -2,7 +2,7 @@
 
     python -m pytest -q test_ttt.py           # on a laptop, without a GPU
     python -m pytest -rs -k exercise_03       # one exercise, the reference's answer and yours
-    python test_ttt.py --experiment 10        # the plot of an experiment among the exercises
+    python test_ttt.py --experiment 9         # the plot of an experiment among the exercises
     python test_ttt.py --bench                # time and memory of the scan and of a training step
     python test_ttt.py --figure               # the README's picture, assets/figure.png
 """
@@ -1613,6 +1613,46 @@ def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_
 
 
 # ----------------------------------------------------------------------------------------------------
+# What the README promises
+# ----------------------------------------------------------------------------------------------------
+
+
+README = Path(ttt_minute.__file__).with_name("README.md").read_text()
+SOURCES = "".join(Path(module.__file__).read_text() for module in (ttt_minute, dataset, sample))
+
+
+def test_every_sentence_of_the_troubleshooting_table_is_one_the_program_says():
+    table = README.split("## When something is wrong")[1].split("##")[0]
+    sentences = [sentence for row in table.splitlines() for sentence in re.findall(r"`([^`]*)`", row.split("|")[1] if row.startswith("| `") else "")]
+    assert len(sentences) >= 7
+    for sentence in sentences:
+        assert sentence in SOURCES, sentence
+
+
+def test_the_readmes_eighth_layer_works_like_the_seven(world, tmp_path, monkeypatch):
+    """In chunks it is its recurrence; behind closed gates nothing; it trains and samples by name."""
+    monkeypatch.setitem(ttt_minute.LAYERS, "retention", None)          # the name is gone again after the test
+    names = dict(vars(ttt_minute))
+    exec(re.search(r"```python\n(class Retention.*?)```", README, re.S)[1], names)
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, layer="retention")
+    layer, x = ttt_minute.LAYERS["retention"](config).double(), torch.randn(2, 150, config.dim).double()
+    q, k, v = rearrange(layer.qkv(x), "B L (three H F) -> three B H L F", three=3, H=config.heads)
+    S, outs = 0, []
+    for t in range(150):
+        S = layer.log_rate[..., None].exp() * S + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outs.append((q[:, :, t, None] @ S)[:, :, 0])
+    y = rearrange(F.layer_norm(torch.stack(outs, 2), (config.head_width,)), "B H L F -> B L (H F)")
+    assert relative(layer(x, None), layer.out(y)) < 1e-6                             # its rates are float32
+    model, latents = DiT(dataclasses.replace(config, gate_init=0.0)), random_latents(config, 2)
+    local = DiT(dataclasses.replace(config, layer="local"))
+    local.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not is_new(name)})
+    assert torch.equal(model(*latents, torch.tensor([500])), local(*latents, torch.tensor([500])))
+    assert run(ttt_minute, "--stage", "3s", "--layer", "retention", "--data", world, "--out_dir", tmp_path, *SMALL) == 0
+    assert run(sample, "--stage", "3s", "--layer", "retention", "--steps", 1, "--out_dir", tmp_path, "--device", "cpu") == 0
+
+
+# ----------------------------------------------------------------------------------------------------
 # Exercises (stated in the README). Each test runs on the reference below and on exercises.py, where it is.
 #
 # A wrong answer is compared with what the likely mistakes give; the hint of the one that explains it is printed. Every run also
@@ -1903,7 +1943,7 @@ def test_exercise_08_gate_and_both_directions(source):
 
 
 @exercise
-def test_exercise_10_how_large_a_mini_batch(source):
+def test_exercise_09_how_large_a_mini_batch(source):
     """Small mini-batches take more steps and remember better; large ones are faster."""
     mini_batch_curve, = written(source, "mini_batch_curve")
     inputs, sizes = mini_batch_experiment(512), (8, 16, 32, 64)
@@ -1919,7 +1959,7 @@ def test_exercise_10_how_large_a_mini_batch(source):
 
 
 @exercise
-def test_exercise_11_how_far_the_gate_is_open_at_first(world, source):
+def test_exercise_10_how_far_the_gate_is_open_at_first(world, source):
     """A closed gate starts where the pre-trained network is; an open one starts worse, and learns."""
     gate_curve, = written(source, "gate_curve")
     runs, weights = dataset.Runs(world, 1), ttt_minute.ASSETS / "pocket-local-pretrain.safetensors"
@@ -1946,15 +1986,15 @@ def recall_error(weights, k, v, gamma, beta):
     answer, _ = ttt_scan("mlp", weights, k, k, v, torch.zeros(k.shape[:3]), gamma, beta)
     return F.mse_loss(answer, v).item()
 def experiment(number):
-    """exercise_NN.png: the curves of exercise 10 or 11, by exercises.py where it has the function, else by the reference."""
-    name = {10: "mini_batch_curve", 11: "gate_curve"}[number]
+    """exercise_NN.png: the curves of exercise 9 or 10, by exercises.py where it has the function, else by the reference."""
+    name = {9: "mini_batch_curve", 10: "gate_curve"}[number]
     own = importlib.util.find_spec("exercises") and hasattr(importlib.import_module("exercises"), name)
     curve, = written("yours" if own else "reference", name)
     labels = dict(title=f"exercise {number}, {'yours' if own else 'the reference'}")
-    if number == 10:
+    if number == 9:
         sizes = 2, 4, 8, 16, 32, 64, 128, 256
         found = curve(sizes, *mini_batch_experiment(512))
-        with sample.plot(Path("exercise_10.png"), xlabel="b, tokens of a mini-batch", xscale="log", **labels) as axes:
+        with sample.plot(Path("exercise_09.png"), xlabel="b, tokens of a mini-batch", xscale="log", **labels) as axes:
             axes.plot(sizes, [found[b][0] for b in sizes], marker="o", label="what f has not learned (error of v)")
             axes.plot(sizes, [found[b][1] / found[sizes[-1]][1] for b in sizes], marker="s", label=f"time, in units of b = {sizes[-1]}")
             axes.set_yscale("log")
@@ -1964,10 +2004,10 @@ def experiment(number):
             dataset.ingest(Path(folder) / "videos", Path(folder) / "latents", dataset.PocketCodec(), dataset.PocketText())
             runs = dataset.Runs(Path(folder) / "latents", 1)
             found = curve((0.0, 0.1, 0.3, 1.0), 100, runs, Config(), ttt_minute.ASSETS / "pocket-local-pretrain.safetensors")
-        with sample.plot(Path("exercise_11.png"), xlabel="step", ylabel="loss, mean of 10 steps", **labels) as axes:
+        with sample.plot(Path("exercise_10.png"), xlabel="step", ylabel="loss, mean of 10 steps", **labels) as axes:
             for init, losses in found.items():
                 axes.plot(np.arange(9, 100), np.convolve(losses, np.ones(10) / 10, mode="valid"), label=f"gate_init {init}")
-    print(f"look at exercise_{number}.png")
+    print(f"look at exercise_{number:02}.png")
 
 
 def figure(path=ttt_minute.ASSETS / "figure.png"):
@@ -2068,7 +2108,7 @@ if __name__ == "__main__":
     parser = dataset.Parser("test_ttt.py", description="The tests run under pytest: python -m pytest -q test_ttt.py")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--bench", action="store_true", help="time the scan and a training step")
-    action.add_argument("--experiment", type=int, choices=(10, 11), help="plot an experiment of the exercises")
+    action.add_argument("--experiment", type=int, choices=(9, 10), help="plot an experiment of the exercises")
     action.add_argument("--figure", action="store_true", help="draw assets/figure.png")
     args = parser.parse_args()
     if args.experiment:
