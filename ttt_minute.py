@@ -45,10 +45,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -279,12 +280,16 @@ class Layout:
             raise ValueError(f"{self.segments} segments have {12 * self.segments + 1} latent frames, not {self.grid[0]}")
 
     @property
+    def frames(self):               # that each segment owns: 13, 12, 12, ...
+        return [13] + [12] * (self.segments - 1)
+
+    @property
     def text_tokens(self):          # S N: video tokens start here in storage
-        return self.segments * self.text
+        return len(self.frames) * self.text
 
     @property
     def tokens(self):               # L
-        return self.text_tokens + math.prod(self.grid)
+        return self.text_tokens + sum(self.frames) * math.prod(self.grid[1:])
 
     def reverse(self):
         return dataclasses.replace(self, reversed=not self.reversed)
@@ -295,6 +300,39 @@ class Layout:
     def from_scan(self, x):                                                           # [B, L, D] scan order -> stored
         return x.index_select(1, scan_order(self, x.device).argsort())
 
+    # One device has all tokens and all heads. Where several share a video each has the tokens of some segments, and what
+    # follows exchanges what is missing (Part, section P); here it does nothing.
+
+    def own(self, video, texts):    # [B, T, ...] and [B, S, ...] -> the latent frames and texts that are here
+        return video, texts
+
+    def with_border(self, y):       # [B, H, L, F] as stored -> the same beginning with the frame shared with the past
+        return y
+
+    def merge_border(self, y):      # and back, the two outputs of a shared frame averaged
+        return y
+
+    def by_head(self, y):           # [B, H, L, ...]: all heads of tokens that are here -> the heads that are here, of all tokens in
+                                    # scan order; a single head serves everybody
+        return y
+
+    def by_token(self, y):          # and back
+        return y
+
+    def own_heads(self, parameter): # [H, ...] -> the heads that are here
+        return parameter
+
+    def pieces(self, heads):        # into which every head is cut, so that all devices have as many
+        return 1
+
+    @property
+    def whole(self):                # the layout of all tokens
+        return self
+
+    @property
+    def inside(self):               # the layout of what with_border returns
+        return self
+
 
 @functools.lru_cache(maxsize=64)
 def scan_order(layout, device):
@@ -302,7 +340,7 @@ def scan_order(layout, device):
     text = torch.arange(layout.text_tokens).split(layout.text)                        # S pieces of [N]
     frame = layout.grid[1] * layout.grid[2]
     video = torch.arange(layout.text_tokens, layout.tokens)
-    video = video.split([13 * frame] + [12 * frame] * (layout.segments - 1))          # S pieces
+    video = video.split([frames * frame for frames in layout.frames])                 # S pieces
     pieces = list(zip(text, video))
     if layout.reversed:
         pieces = [(words, tokens.flip(0)) for words, tokens in reversed(pieces)]
@@ -654,20 +692,21 @@ class TTT(nn.Module):
 
     def forward(self, x, layout):
         config = self.config
-        q, k, v = (rearrange(linear(x), "B L (H F) -> B H L F", H=config.heads) for linear in self.qkv)
-        rope = scan_rope(layout, config.head_width, config.rope_theta, x.device)
+        q, k, v = (layout.by_head(rearrange(linear(x), "B L (H F) -> B H L F", H=config.heads)) for linear in self.qkv)
+        rope = scan_rope(layout.whole, config.head_width, config.rope_theta, x.device)
         q, k = (rotate(F.normalize(y.float(), dim=-1, eps=1e-12), rope) for y in (q, k))
         # f learns the residual v - k; its target is normalised like its output, by the same gamma and beta.
         width = config.head_width
         residual = F.layer_norm(v.float() - k, [width], eps=1e-16) * math.sqrt((width - 1) / width)      # unbiased variance
-        v = k + self.ln_gamma[:, None] * residual + self.ln_beta[:, None]
+        gamma, beta = layout.own_heads(self.ln_gamma), layout.own_heads(self.ln_beta)
+        v = k + gamma[:, None] * residual + beta[:, None]
         # The step size of each token: eta_base / b in eq 13, learned by a gate, and 1/F as published in code.
         eta = self.eta_base * torch.sigmoid(self.eta(x).float()) / (config.head_width * config.mini_batch)
-        eta = rearrange(eta, "B L H -> B H L")
+        eta = layout.by_head(rearrange(eta, "B L H -> B H L"))
         weights = (self.W1, self.b1) if self.kind == "linear" else (self.W1, self.b1, self.W2, self.b2)
-        z, _ = ttt_scan(self.kind, weights, q, k, v, eta, self.ln_gamma, self.ln_beta, config.mini_batch,
+        z, _ = ttt_scan(self.kind, [layout.own_heads(w) for w in weights], q, k, v, eta, gamma, beta, config.mini_batch,
                         eps=config.ttt_eps, checkpoint=config.scan_checkpoint, backend=config.backend)
-        return self.out(self.norm(rearrange(z, "B H L F -> B L (H F)").to(x.dtype)))
+        return self.out(self.norm(rearrange(layout.by_token(z.to(x.dtype)), "B H L F -> B L (H F)")))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -696,6 +735,8 @@ class LocalAttention(nn.Module):
         return self.out(rearrange(self.attend(self.norm_q(q), self.norm_k(k), v, layout), "B H L F -> B L (H F)"))
 
     def attend(self, q, k, v, layout):                                                # [B, H, L, F], each
+        whole, layout = layout, layout.inside
+        q, k, v = (whole.with_border(y) for y in (q, k, v))
         S, frame = layout.segments, layout.grid[1] * layout.grid[2]
         rope = rope_table((13, *layout.grid[1:]), q.shape[-1], self.config.rope_theta, q.device)
         own = 12 * torch.arange(S, device=q.device)[:, None] + torch.arange(13, device=q.device)
@@ -715,17 +756,17 @@ class LocalAttention(nn.Module):
         shared = (video[:, :, :-1, -1:] + first[:, :, 1:]) / 2                        # [B, H, S-1, 1, f, F]
         last = torch.cat([shared, video[:, :, -1:, -1:]], dim=2)
         video = rearrange(torch.cat([video[:, :, :, :-1], last], dim=3), "B H S t f F -> B H (S t f) F")
-        return torch.cat([text, first[:, :, 0].flatten(2, 3), video], dim=2)
+        return whole.merge_border(torch.cat([text, first[:, :, 0].flatten(2, 3), video], dim=2))
 
 
 class FullAttention(LocalAttention):
     """One attention over all texts and all frames, RoPE from 0: CogVideoX at any length, and the paper's 11x."""
 
     def attend(self, q, k, v, layout):
-        rope = rope_table(layout.grid, q.shape[-1], self.config.rope_theta, q.device)
-        N = layout.text_tokens
-        q, k = (torch.cat([y[:, :, :N], rotate(y[:, :, N:], rope)], dim=2) for y in (q, k))
-        return F.scaled_dot_product_attention(q, k, v)
+        rope, N = rope_table(layout.grid, q.shape[-1], self.config.rope_theta, q.device), layout.text_tokens
+        rope, _ = layout.own(rearrange(rope, "(T f) F -> 1 T f F", T=layout.grid[0]), rope[None])
+        q, k = (torch.cat([y[:, :, :N], rotate(y[:, :, N:], rope.flatten(0, 2))], dim=2) for y in (q, k))
+        return layout.by_token(F.scaled_dot_product_attention(*map(layout.by_head, (q, k, v))))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -748,8 +789,9 @@ class SlidingWindow(LocalAttention):
     """
 
     def attend(self, q, k, v, layout):
-        rope = scan_rope(layout, q.shape[-1], self.config.rope_theta, q.device)
-        return window_attention(rotate(q, rope), rotate(k, rope), v, self.config.window)
+        q, k, v = map(layout.by_head, (q, k, v))
+        rope = scan_rope(layout.whole, q.shape[-1], self.config.rope_theta, q.device)
+        return layout.by_token(window_attention(rotate(q, rope), rotate(k, rope), v, self.config.window))
 
 
 def window_attention(q, k, v, window):
@@ -822,14 +864,10 @@ def ssd(x, dt, A, Bm, Cm, chunk=64):
     return rearrange(torch.stack(out), "m B G h C P -> B (G h) (m C) P")[:, :, :L], S.flatten(1, 2)
 
 
-class ShortConvolution(nn.Conv1d):
-    """Each channel sees itself in the last four tokens, then SiLU: [B, L, D] -> [B, L, D]."""
-
-    def __init__(self, width, bias):
-        super().__init__(width, width, kernel_size=4, groups=width, padding=3, bias=bias)
-
-    def forward(self, x):
-        return F.silu(super().forward(x.mT)[..., :x.shape[1]].mT)
+def short_convolution(x, weight, bias=None):
+    """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], weight [H F, 1, 4] -> [B, H, L, F]."""
+    y = F.conv1d(rearrange(x, "B H L F -> B (H F) L"), weight, bias, padding=3, groups=len(weight))
+    return F.silu(rearrange(y[..., :x.shape[2]], "B (H F) L -> B H L F", H=x.shape[1]))
 
 
 def rms_norm(x, weight, eps=1e-5):
@@ -850,7 +888,7 @@ class Mamba2(nn.Module):
         self.inner, self.heads, self.state = 2 * config.dim, 2 * config.heads, 2 * config.head_width
         self.widths = [self.inner, self.inner + 2 * self.state, self.heads]           # gate z; x, B, C; dt
         self.in_proj = nn.Linear(config.dim, sum(self.widths), bias=False)
-        self.conv = ShortConvolution(self.widths[1], bias=True)
+        self.conv = nn.Conv1d(self.widths[1], self.widths[1], kernel_size=4, groups=self.widths[1], bias=True)
         self.A_log, self.dt_bias = decay_rates(self.heads)
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.Parameter(torch.ones(self.inner))
@@ -860,12 +898,17 @@ class Mamba2(nn.Module):
 
     def forward(self, x, layout):
         z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
-        u, Bm, Cm = self.conv(xBC).split([self.inner, self.state, self.state], dim=-1)
-        u = rearrange(u, "B L (H P) -> B H L P", H=self.heads)
-        dt = rearrange(F.softplus(dt.float() + self.dt_bias), "B L H -> B H L")
+        u, BC = xBC.split([self.inner, 2 * self.state], dim=-1)
+        u = layout.by_head(rearrange(u, "B L (H P) -> B H L P", H=self.heads))
+        BC, dt = layout.by_head(BC[:, None]), layout.by_head(rearrange(dt, "B L H -> B H L"))      # B and C serve all heads
+        (weight_u, weight_BC), (bias_u, bias_BC) = (y.split([self.inner, 2 * self.state]) for y in (self.conv.weight, self.conv.bias))
+        own = [layout.own_heads(y.unflatten(0, (self.heads, -1))).flatten(0, 1) for y in (weight_u, bias_u)]
+        u, (Bm, Cm) = short_convolution(u, *own), short_convolution(BC, weight_BC, bias_BC).chunk(2, dim=-1)
+        A_log, dt_bias, D = map(layout.own_heads, (self.A_log, self.dt_bias, self.D))
+        dt = F.softplus(dt.float() + dt_bias[:, None])
         with torch.autocast(x.device.type, enabled=False):
-            y, _ = ssd(u, dt, -self.A_log.float().exp(), Bm[:, None], Cm[:, None])
-        y = rearrange(y + self.D[:, None, None] * u, "B H L P -> B L (H P)")
+            y, _ = ssd(u, dt, -A_log.float().exp(), Bm, Cm)
+        y = rearrange(layout.by_token(y + D[:, None, None] * u), "B H L P -> B L (H P)")
         return self.out(rms_norm(y * F.silu(z.float()), self.norm).to(x.dtype))
 
 
@@ -883,7 +926,7 @@ class GatedDeltaNet(nn.Module):
         self.heads = delta_heads(config)
         self.widths = [D, D, 2 * D]                                                   # q, k, v
         self.qkv = nn.Linear(D, sum(self.widths), bias=False)
-        self.conv = ShortConvolution(sum(self.widths), bias=False)
+        self.conv = nn.Conv1d(sum(self.widths), sum(self.widths), kernel_size=4, groups=sum(self.widths), bias=False)
         self.rates = nn.Linear(D, 2 * self.heads, bias=False)                         # of decay and of writing
         self.A_log, self.dt_bias = decay_rates(self.heads)
         self.gate = nn.Linear(D, 2 * D, bias=False)
@@ -892,14 +935,27 @@ class GatedDeltaNet(nn.Module):
         for linear in self.qkv, self.rates, self.gate, self.out:
             nn.init.normal_(linear.weight, std=config.ttt_proj_std)
 
+    def by_head(self, y, n):
+        """Channels [..., q k v] -> [..., heads n, q k v of one]. The columns of v never meet: in n pieces, a head is n heads."""
+        q, k, v = y.split(self.widths, dim=-1)
+        q, k = (repeat(part, "... (H F) -> ... (H n) F", H=self.heads, n=n) for part in (q, k))
+        return torch.cat([q, k, rearrange(v, "... (H V) -> ... H V", H=self.heads * n)], dim=-1)
+
     def forward(self, x, layout):
-        q, k, v = (rearrange(y, "B L (H F) -> B H L F", H=self.heads) for y in self.conv(self.qkv(x)).split(self.widths, dim=-1))
+        n = layout.pieces(self.heads)
+        y = layout.by_head(rearrange(self.by_head(self.qkv(x), n), "B L H F -> B H L F"))
+        weight = self.by_head(rearrange(self.conv.weight, "channels 1 t -> t channels"), n)
+        y = short_convolution(y, rearrange(layout.own_heads(rearrange(weight, "t H F -> H F 1 t")), "H F 1 t -> (H F) 1 t"))
+        K = self.widths[0] // self.heads
+        q, k, v = y.split([K, K, y.shape[-1] - 2 * K], dim=-1)
         q, k = (y * torch.rsqrt(y.float().square().sum(-1, keepdim=True) + 1e-6) for y in (q, k))
-        step, beta = rearrange(self.rates(x).float(), "B L (two H) -> two B H L", two=2)
-        g = -self.A_log.float().exp()[:, None] * F.softplus(step + self.dt_bias[:, None])
+        step, beta = (layout.by_head(y) for y in repeat(self.rates(x).float(), "B L (two H) -> two B (H n) L", two=2, n=n))
+        A_log, dt_bias = (layout.own_heads(repeat(y, "H -> (H n)", n=n)) for y in (self.A_log, self.dt_bias))
+        g = -A_log.float().exp()[:, None] * F.softplus(step + dt_bias[:, None])
         with torch.autocast(x.device.type, enabled=False):
             y, _ = gated_delta_rule(q, k, v, g, beta.sigmoid())
-        y = rearrange(rms_norm(y, self.norm), "B H L V -> B L (H V)") * F.silu(self.gate(x).float())
+        y = rms_norm(rearrange(layout.by_token(y), "B (H n) L V -> B H L (n V)", n=n), self.norm)
+        y = rearrange(y, "B H L V -> B L (H V)") * F.silu(self.gate(x).float())
         return self.out(y.to(x.dtype))
 
 
@@ -1055,7 +1111,8 @@ def cogvideox_files(folder):
 
 
 class DiT(nn.Module):
-    """The diffusion transformer: (latents [B, T, C, h, w], text [B, S, N, text_dim], t int64 [B]) -> v [B, T, C, h, w].
+    """The diffusion transformer: (latents [B, T, C, h, w], text [B, S, N, text_dim], t int64 [B]) -> v [B, T, C, h, w] (where several
+    devices share a video, of the latent frames that are here).
 
     With the layer "local" this is CogVideoX-5B (section 4.1), tensor for tensor.
     """
@@ -1064,6 +1121,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.stored_dtype = torch.float32       # of the file its base weights were read from
+        self.layout = Layout        # section P puts another in its place where several devices share a video
         self.encoders = {}          # ids of the codec and the text encoder whose numbers it is trained on
         pixels = config.channels * config.patch ** 2
         self.patch_in = nn.Linear(pixels, config.dim)
@@ -1077,10 +1135,11 @@ class DiT(nn.Module):
 
     def forward(self, latents, text, t):
         config, S = self.config, text.shape[1]
-        layout = Layout(S, text.shape[2], config.grid(S))
+        layout = self.layout(S, text.shape[2], config.grid(S))
         if latents.shape[1:] != (layout.grid[0], config.channels, config.height, config.width):
             raise ValueError(f"{S} segments need latents [B, {layout.grid[0]}, {config.channels}, {config.height}, {config.width}], "
                              f"not {list(latents.shape)}")
+        latents, text = layout.own(latents, text)
         p = config.patch
         video = self.patch_in(rearrange(latents, "B T C (h p) (w q) -> B (T h w) (C p q)", p=p, q=p))
         words = self.text_in(rearrange(text, "B S N d -> B (S N) d"))
@@ -1180,12 +1239,118 @@ def diffusion_loss(model, latents, text, t, noise):
     """Mean squared error of v (v-prediction, appendix A)."""
     x_t, v = add_noise(latents, t, noise, model.config.snr_shift)
     # An x_0 error weighted by 1/s^2, as in the published code, is the same number: x_0 = a x_t - s v.
-    return F.mse_loss(model(x_t, text, t).float(), v)
+    answer = model(x_t, text, t).float()
+    own, _ = model.layout(text.shape[1], text.shape[2], model.config.grid(text.shape[1])).own(v, text)
+    return F.mse_loss(answer, own) * (own.shape[1] / v.shape[1])
 
 
 # ----------------------------------------------------------------------------------------------------
-# P. What it costs (skip on first reading): what --dry_run prints
+# P. Skip on first reading: many devices
+#
+# Parameters, their gradients and moments are sharded over devices (FSDP2): a block's are gathered while it runs. The gradient of
+# a step is the sum over all devices of the gradients of their parts of the loss: other videos, or other tokens of the same video.
 # ----------------------------------------------------------------------------------------------------
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all of a flat tensor: sent[i] numbers go to device i of the group, received[i] come from it. Its gradient goes back."""
+
+    @staticmethod
+    def forward(ctx, x, group, sent, received):
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        out = x.new_empty(sum(received))
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return Exchange.apply(dout, ctx.group, ctx.received, ctx.sent), None, None, None
+
+
+@dataclass(frozen=True)
+class Part(Layout):
+    """What device `device` of `devices` has of a video: the tokens of its segments, texts before frames (context parallelism).
+
+    What looks at one token needs nothing else, and local attention one frame of the segment before. A scan needs all tokens: around
+    it an all-to-all turns all heads of own tokens into own heads of all tokens and back (as in 2309.14509). The shares may differ by
+    a segment. Every device makes the same calls in the same order, with empty tensors where it has nothing to say, or they would
+    wait for each other forever.
+    """
+
+    device: int = 0
+    devices: int = 1
+    group: object = dataclasses.field(default=None, compare=False)
+
+    def of(self, device):
+        return dataclasses.replace(self, device=device)
+
+    @property
+    def here(self):                 # own segments
+        return range(self.segments * self.device // self.devices, self.segments * (self.device + 1) // self.devices)
+
+    @property
+    def frames(self):
+        return [13 if i == 0 else 12 for i in self.here]
+
+    @property
+    def whole(self):
+        return Layout(self.segments, self.text, self.grid, self.reversed)
+
+    @property
+    def inside(self):
+        return Layout(len(self.here), self.text, (12 * len(self.here) + 1, *self.grid[1:]))
+
+    def own(self, video, texts):
+        first, last = self.here.start, self.here.stop
+        return video[:, 12 * first + (first > 0):12 * last + 1], texts[:, first:last]
+
+    def pass_on(self, y, step):
+        """Send a frame's tokens [B, H, f, F] `step` devices on, and receive as many; none at the ends."""
+        to, source, size = self.device + step, self.device - step, y.shape[0] * y.shape[1] * math.prod(self.grid[1:]) * y.shape[3]
+        sent, received = ([size * (i == other) for i in range(self.devices)] for other in (to, source))
+        y = y if 0 <= to < self.devices else y[:, :, :0]
+        return Exchange.apply(y.flatten(), self.group, sent, received).view(*y.shape[:2], -1, y.shape[3])
+
+    def with_border(self, y):
+        text, video = y.split([self.text_tokens, self.tokens - self.text_tokens], dim=2)
+        return torch.cat([text, self.pass_on(video[:, :, -math.prod(self.grid[1:]):], +1), video], dim=2)
+
+    def merge_border(self, y):
+        text, first, video = y.split([self.text_tokens, y.shape[2] - self.tokens, self.tokens - self.text_tokens], dim=2)
+        second = self.pass_on(first, -1)                      # what the next device made of our last frame
+        ours, last = video.split([video.shape[2] - second.shape[2], second.shape[2]], dim=2)
+        return torch.cat([text, ours, (last + second) / 2], dim=2)
+
+    @property
+    def order(self):                # devices in scan order
+        return range(self.devices)[::-1 if self.reversed else 1]
+
+    def by_head(self, y):
+        y = y.expand(-1, self.devices, *y.shape[2:]) if y.shape[1] == 1 else y
+        B, h, rest = y.shape[0], y.shape[1] // self.devices, y.shape[3:]
+        tokens = [self.of(i).tokens for i in range(self.devices)]
+        sent = rearrange(y, "B (C h) L ... -> C B h L ...", C=self.devices).flatten()
+        received = [B * h * L * math.prod(rest) for L in tokens]
+        parts = Exchange.apply(sent, self.group, [len(sent) // self.devices] * self.devices, received).split(received)
+        return torch.cat([parts[i].view(B, h, tokens[i], *rest) for i in self.order], dim=2)
+
+    def by_token(self, y):
+        tokens = [self.of(i).tokens for i in self.order]
+        parts = dict(zip(self.order, y.split(tokens, dim=2)))
+        sent = torch.cat([parts[i].flatten() for i in range(self.devices)])
+        shape = self.devices, *y.shape[:2], self.tokens, *y.shape[3:]
+        received = Exchange.apply(sent, self.group, [parts[i].numel() for i in range(self.devices)],
+                                  [math.prod(shape[1:])] * self.devices)
+        return rearrange(received.view(shape), "C B h L ... -> B (C h) L ...")
+
+    def own_heads(self, parameter):
+        return parameter.unflatten(0, (self.devices, -1))[self.device]
+
+    def pieces(self, heads):
+        return self.devices // math.gcd(self.devices, heads)
+
+
+# What it costs: what --dry_run prints
 
 PAPER_TOKENS = {"3s": 18048, "9s": 51456, "18s": 99894, "30s": 168320, "63s": 341550}       # section 3.3; its text lengths differ by stage
 H100_FLOPS, USED = 989e12, 0.4      # bf16, dense; the fraction that we assume a run reaches
