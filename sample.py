@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import dataset
 from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
-from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_noise, alphas_cumprod, find_checkpoint, load_checkpoint, pick_device,
-                        run_folder, save_model)
+from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_device_flags, add_noise, alphas_cumprod, build, find_checkpoint, join,
+                        load_checkpoint, pick_device, run_folder, save_model, together, whole_video)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Diffusion backwards (appendix A)
@@ -57,9 +57,9 @@ def ddim(model, noise, text, negative=None, steps=50, guidance=(1.0, 4.0), power
     for i, t in enumerate(tqdm(timesteps.tolist(), desc="sample", unit="step", leave=False, dynamic_ncols=True)):
         batch_t = torch.full((len(x),), t, device=x.device)
         w = guidance_scale(i, steps, *guidance, power)
-        v = model(x, text, batch_t).float()
+        v = whole_video(model, x, text, batch_t).float()
         if w != 1:
-            v_negative = model(x, negative, batch_t).float()
+            v_negative = whole_video(model, x, negative, batch_t).float()
             v = v_negative + w * (v - v_negative)
         a, s = alpha_bar[t].sqrt().item(), (1 - alpha_bar[t]).sqrt().item()
         x_0, e = a * x - s * v, a * v + s * x
@@ -194,7 +194,7 @@ def check_boards(boards, text_encoder, length, where):
         raise UserError(f"{where}: texts are longer than the encoder's {length} tokens; shorten those marked above")
 
 
-def show_stage(model, folder, segments, codec, text_encoder, runs):
+def show_stage(model, folder, segments, codec, text_encoder, runs, devices):
     """The sample that ends a training stage, sample.mp4, .gif and .png beside its checkpoint: in the pocket world of a storyboard
     it has never seen, otherwise of the first storyboard in the data. `codec` and `text_encoder` are None where they are not at hand."""
     if not codec or not (text_encoder or runs):
@@ -205,7 +205,7 @@ def show_stage(model, folder, segments, codec, text_encoder, runs):
     else:
         board, text = runs.storyboard(0), runs.run(0)[1].float()
     latents = generate(model.eval(), text, seed=model.config.seed)
-    save_video(codec.decode(latents), board, folder / "sample.mp4")
+    devices.first(lambda: save_video(codec.decode(latents), board, folder / "sample.mp4"))
     print(f"look at {folder / 'sample.png'}")
 
 
@@ -504,6 +504,7 @@ def load_stage(args, config):
     return load_checkpoint(path).eval(), path
 
 
+@together
 def main():
     parser = Parser("sample.py", description="Turn a storyboard into a video with a trained stage.",
                     epilog="example: python sample.py --stage 9s --storyboard story.txt --out video.mp4")
@@ -526,6 +527,7 @@ def main():
     parser.add_argument("--export", metavar="FILE", help="write the stage's weights in half precision instead, as the files in assets/ are")
     dataset.add_encoder_flags(parser)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    add_device_flags(parser)
     args = parser.parse_args()
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps {args.steps}: between 1 and 1000 is needed")
@@ -536,7 +538,10 @@ def main():
     if args.check:
         text_encoder = dataset.T5Words(args.text_encoder) if args.text_encoder else dataset.PocketText()
         return check_boards(boards, text_encoder, config.text_len, where)
-    device = pick_device(args.device)
+    devices = join(pick_device(args.device), args.context_parallel, args.shard)
+    device = devices.device
+    if devices.count > 1 and (args.evaluate or args.compare or args.export):
+        raise UserError("--evaluate, --compare and --export need one process; start them without torchrun")
     if args.evaluate or args.compare:
         segments = STAGES[args.stage].segments
         if segments < 3 or args.preset != "pocket" or args.videos < 1:
@@ -556,19 +561,27 @@ def main():
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: the name must end in .mp4")
 
-    model, path = load_stage(args, config)
+    model, path = devices.first(lambda: load_stage(args, config)) or (None, None)
     if args.export:
         save_model(model.half(), args.export, stage=args.stage)
         return print(f"{args.export}: stage {args.stage} of {path}, in half precision")
-    codec, text_encoder = encoders_of(model, path, args, device)
-    texts = [embed(board, text_encoder, where) for board in boards]               # the text encoder has the device to itself
+
+    def read():
+        codec, text_encoder = encoders_of(model, path, args, device)
+        return codec, [embed(board, text_encoder, where) for board in boards]     # the text encoder has the device to itself
+
+    codec, texts = devices.first(read) or (None, None)
     half = args.preset == "5b" and device.type == "cuda"                          # 14 GB of weights in place of 29
-    model = model.to(device, torch.bfloat16 if half else torch.float32)
-    for number, (board, (text, negative)) in enumerate(zip(boards, texts), 1):
+    network = build(lambda: model.to(torch.bfloat16 if half else torch.float32), devices)
+    if network.config.heads % devices.context:
+        raise UserError(f"--context_parallel {devices.context} does not divide the {network.config.heads} heads")
+    for number, (board, (text, negative)) in enumerate(zip(boards, devices.tell(texts)), 1):
         name = out if len(boards) == 1 else out.with_stem(f"{out.stem}-{number}")
+        if len(board) < devices.context:
+            raise UserError(f"--context_parallel {devices.context}: {where} has {len(board)} segments, each for one device")
         begin = time.perf_counter()
-        latents = generate(model, text, negative, args.seed, steps=args.steps, guidance=tuple(args.guidance))
-        save_video(codec.decode(latents), board, name)
+        latents = generate(network, text, negative, args.seed, steps=args.steps, guidance=tuple(args.guidance))
+        devices.first(lambda: save_video(codec.decode(latents), board, name))
         print(f"{name}: {3 * len(board)} seconds of video in {time.perf_counter() - begin:.0f} s; contact sheet {name.with_suffix('.png')}")
 
 

@@ -15,8 +15,10 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
@@ -1288,6 +1292,119 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path, capsys, damage):
     assert run(sample, "--stage", "9s", "--out_dir", tmp_path) == 2
     error = capsys.readouterr().err
     assert str(path) in error and {"cut": "corrupt", "foreign": "not written by", "missing": "python ttt_minute.py"}[damage] in error
+
+
+# ----------------------------------------------------------------------------------------------------
+# Many devices: processes that talk through gloo on the CPU (section P)
+# ----------------------------------------------------------------------------------------------------
+
+DEVICES = torch.device("cpu")
+SHARED = dataclasses.replace(TINY, heads=4, mini_batch=7, depth=2)
+TRAINED = dict(steps=3, lr=1e-2)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def in_process(rank, count, port, work, args):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    work(*args)
+    ttt_minute.LEAVING.set()
+    torch.distributed.barrier()
+
+
+def in_processes(count, work, *args):
+    """work(*args) in processes that torchrun might have started; the first error in one is raised here."""
+    torch.multiprocessing.spawn(in_process, (count, free_port(), work, args), nprocs=count)
+
+
+def rejoin(context, shard):
+    """The same processes in another arrangement."""
+    devices = ttt_minute.join(DEVICES, context, shard) if not torch.distributed.is_initialized() else None
+    if devices is None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+            patch.setattr(ttt_minute.threading.Thread, "start", lambda self: None)
+            devices = ttt_minute.join(DEVICES, context, shard)
+    return devices
+
+
+def wide_open(config):
+    """A network in which every part matters: gates open, adaLN far from zero."""
+    torch.manual_seed(0)
+    model = DiT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def train_on(devices, config, segments, batch=4, steps=3):
+    """Loss and gradient norm of some steps, first gradients and last weights, and a sampled video."""
+    stage = Stage(segments, steps, batch, 1e-2, 1e-2, everything=True)
+    model = ttt_minute.build(lambda: wide_open(config), devices)
+    optimizers = make_optimizers(model, stage, config)
+    ttt_minute.prepare(model)
+    numbers, gradients = [], None
+    latents, text = random_latents(config, segments, batch)
+    noise, t = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([900, 500, 200, 700])[:batch]
+    own = torch.arange(batch).chunk(devices.groups)[devices.group]
+    for _ in range(steps):
+        for group in optimizers[0].param_groups:
+            group["lr"] = 1e-2
+        loss = torch.zeros(())
+        for part in own.split(config.micro_batch):
+            share = diffusion_loss(model, latents[part], text[part], t[part], noise[part]) * len(part) / batch
+            share.backward()
+            loss += share.detach()
+        gradients = gradients or {name: ttt_minute.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
+        norm = ttt_minute.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+        numbers.append([devices.sum(loss).item(), norm.item()])
+        optimizers[0].step()
+        model.zero_grad()
+    weights = {name: ttt_minute.whole(x) for name, x in model.state_dict().items()}
+    latents = sample.generate(model.eval(), text[0], text[1 % batch], steps=2, guidance=(2.0, 3.0))
+    return numbers, gradients, weights, latents
+
+
+def compare_arrangements(cases):
+    """In every process: each arrangement must do what one process does, which the first finds out for itself."""
+    for layer, segments, context, shard, micro in cases:
+        config = dataclasses.replace(SHARED, layer=layer, micro_batch=micro, recompute=micro == 1)
+        alone = train_on(ttt_minute.Devices(DEVICES), config, segments)
+        shared = train_on(rejoin(context, shard), config, segments)
+        case = f"{layer}, {segments} segments, context {context}, shard {shard}"
+        worst = {"loss and norm": max(abs(a / b - 1) for one, two in zip(alone[0], shared[0]) for a, b in zip(one, two))}
+        for what, one, two in ("gradient", alone[1], shared[1]), ("weights", alone[2], shared[2]):
+            scale = max(x.norm().item() for x in one.values())
+            worst[what] = max((one[name] - two[name]).norm().item() / max(one[name].norm().item(), 1e-3 * scale) for name in one)
+        worst["video"] = relative(shared[3], alone[3])
+        if torch.distributed.get_rank() == 0:
+            print(f"{case:<55}" + "".join(f"  {what} {error:.1e}" for what, error in worst.items()), flush=True)
+        assert worst["loss and norm"] < 2e-5 and worst["gradient"] < 2e-4 and worst["weights"] < 1e-3 and worst["video"] < 1e-3, (case, worst)
+
+
+SHORT = {2: [("ttt_mlp", 3, 2, 2, 2), ("ttt_mlp", 1, 1, 1, 4)],
+         4: [("ttt_mlp", 3, 2, 2, 1), ("gated_deltanet", 5, 4, 4, 2), ("full", 3, 2, 4, 4)]}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_train_and_sample_like_one(count):
+    """FSDP2, hybrid sharding, context parallelism and gradient accumulation, together and apart; uneven shares of the segments."""
+    in_processes(count, compare_arrangements, SHORT[count])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", list(ttt_minute.LAYERS))
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_layer_in_every_arrangement_trains_and_samples_like_one_process(layer, count):
+    arrangements = {2: [(1, 1), (1, 2), (2, 1), (2, 2)], 4: [(1, 4), (1, 2), (2, 4), (2, 2), (4, 4), (4, 1)]}[count]
+    in_processes(count, compare_arrangements, [(layer, segments, context, shard, 2 - context // 4) for context, shard in arrangements
+                                               for segments in (1, 2, 3, 5) if segments >= context])
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -33,25 +33,39 @@ Map
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import datetime
 import functools
+import hashlib
 import json
 import math
+import os
 import shutil
 import signal
+import statistics
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import dataset
@@ -1343,11 +1357,202 @@ class Part(Layout):
                                   [math.prod(shape[1:])] * self.devices)
         return rearrange(received.view(shape), "C B h L ... -> B (C h) L ...")
 
+    def all_frames(self, video):
+        """[B, own frames, ...] -> [B, T, ...] on every device; not to be differentiated."""
+        parts = [self.of(i) for i in range(self.devices)]
+        received = [video[:, 0].numel() * sum(part.frames) for part in parts]
+        own = video.flatten().repeat(self.devices)
+        parts = Exchange.apply(own, self.group, [video.numel()] * self.devices, received).split(received)
+        return torch.cat([part.view(len(video), -1, *video.shape[2:]) for part in parts], dim=1)
+
     def own_heads(self, parameter):
         return parameter.unflatten(0, (self.devices, -1))[self.device]
 
     def pieces(self, heads):
         return self.devices // math.gcd(self.devices, heads)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Which of `count` processes this is, each with a device. `context` neighbours share every video, `shard` a copy of the weights.
+    Alone, a process is 0 of 1, and nothing here does anything."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    context: int = 1
+    sharing: object = None          # the process group of those that share a video
+    mesh: object = None             # over which weights are sharded: [shard], or [copies, shard]
+
+    @property
+    def groups(self):               # that read different videos
+        return self.count // self.context
+
+    @property
+    def group(self):
+        return self.rank // self.context
+
+    def sum(self, x):
+        """A tensor on the CPU, summed over all processes."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def tell(self, x):
+        """What the first process has for x, everywhere."""
+        box = [x]
+        if self.count > 1:
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
+    def collect(self, x):
+        """[x of every process]."""
+        boxes = [x] * self.count
+        if self.count > 1:
+            dist.all_gather_object(boxes, x)
+        return boxes
+
+    def first(self, work):
+        """work() by the first process, while the others wait. A UserError there is one everywhere."""
+        result = error = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as caught:
+                error = caught
+        if error := self.tell(error):
+            raise error
+        return result
+
+
+def join(device, context=1, shard=0):
+    """The Devices of this process: what torchrun says in the environment, or one alone. Raises UserError for numbers that do not divide.
+
+    Whoever falls silent is noticed by `watch`, so that a collective may wait as long as it likes: for a first process that renders.
+    """
+    count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    shard = shard or count
+    for name, value in ("context_parallel", context), ("shard", shard):
+        if value < 1 or count % value:
+            raise UserError(f"--{name} {value} does not divide the {count} processes of this run; start as many with torchrun --nproc_per_node N")
+    if count == 1:
+        return Devices(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"--device {device}: several processes need cuda or cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    if rank:                        # one voice is enough
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    threading.Thread(target=watch, args=(rank, count), daemon=True).start()
+    mesh = init_device_mesh(device.type, (count // shard, shard), mesh_dim_names=("copies", "shard"))
+    sharing = init_device_mesh(device.type, (count // context, context), mesh_dim_names=("videos", "context"))["context"].get_group()
+    return Devices(device, rank, count, context, sharing, mesh if shard < count else mesh["shard"])
+
+
+BEAT, SILENCE = 2, 30               # seconds
+LEAVING = threading.Event()
+
+
+def watch(rank, count):
+    """Ends this process with a sentence when its neighbour has been silent for SILENCE seconds, or somebody else found that: who
+    waits for the dead waits forever."""
+    heard, when, beats = None, time.monotonic(), 0
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                              timeout=datetime.timedelta(seconds=SILENCE))
+        while not LEAVING.wait(BEAT):
+            beats += 1
+            store.set(f"beat {rank}", str(beats))
+            now = store.get(f"beat {(rank + 1) % count}")     # waits for its first
+            if now != heard:
+                heard, when = now, time.monotonic()
+            elif time.monotonic() - when > SILENCE:
+                store.set("fallen", "1")
+            if store.check(["fallen"]):
+                break
+    except (RuntimeError, ValueError):                        # the store itself is gone, with the process that kept it
+        pass
+    if not LEAVING.is_set():
+        print(f"error: {FALLEN}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+FALLEN = "another process of this run has stopped, and the others stop with it; its own message says why; go on with --resume"
+
+
+def together(main):
+    """Wraps a main(): all processes end together, and the loss of one is a sentence in the others."""
+    @functools.wraps(main)
+    def run():
+        try:
+            main()
+            LEAVING.set()
+            if dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+        except (dist.DistError, RuntimeError) as error:       # gloo tells of a closed connection in a RuntimeError
+            if not dist.is_initialized() or not isinstance(error, dist.DistError) and "onnection" not in str(error):
+                raise
+            sys.exit(f"error: {FALLEN}")
+    return run
+
+
+def whole(x):
+    """A tensor without its sharding; every process must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_video(model, latents, text, t):
+    """What the network says of all frames, also where several devices share the video."""
+    answer = model(latents, text, t)
+    S, N = text.shape[1:3]
+    return answer if answer.shape == latents.shape else model.layout(S, N, model.config.grid(S)).all_frames(answer)
+
+
+def check_devices(devices, config, stages):
+    """UserError where so many processes cannot work on these stages."""
+    if devices.context > 1 and config.layer != "local" and config.heads % devices.context:
+        raise UserError(f"--context_parallel {devices.context} does not divide the {config.heads} heads")
+    for name, stage in stages.items():
+        if devices.context > stage.segments:
+            raise UserError(f"--context_parallel {devices.context}: stage {name} has {stage.segments} segments, each for one device")
+        if stage.batch % devices.groups:
+            raise UserError(f"stage {name} has a batch of {stage.batch}, which {devices.groups} groups of processes cannot share; choose another "
+                            "--nproc_per_node, --context_parallel or --batch_size")
+        if stage.lr_muon and devices.count > 1:
+            raise UserError(f"stage {name} learns by Muon, which needs whole matrices; train it in one process")
+
+
+def build(make, devices):
+    """The network that make() returns, on its device. Where there are several the first process makes it and hands it over, tensor by
+    tensor, and each keeps its shards: it exists whole in the memory of one machine only, and on no device.
+
+    On GPUs weights are gathered in bf16, gradients summed in fp32.
+    """
+    if devices.count == 1:
+        return make().to(devices.device)
+    made = []
+    devices.first(lambda: made.append(make()))
+    facts = [(model.config, model.encoders, model.stored_dtype, model.patch_in.weight.dtype) for model in made]
+    config, encoders, stored_dtype, dtype = devices.tell(facts)[0]
+    with torch.device("meta"):
+        model = DiT(config).to(dtype)
+    model.encoders, model.stored_dtype = encoders, stored_dtype
+    if devices.context > 1:
+        model.layout = functools.partial(Part, device=devices.rank % devices.context, devices=devices.context, group=devices.sharing)
+    half = torch.bfloat16 if devices.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)      # autocast casts inputs
+    for module in *model.blocks, model:
+        fully_shard(module, mesh=devices.mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)                # the sum, not the mean
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=devices.device)
+    tensors = made[0].state_dict() if made else {}
+    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return model
 
 
 # What it costs: what --dry_run prints
@@ -1527,9 +1732,14 @@ def run_folder(out_dir, config, name):
 def save_model(model, path, **manifest):
     """Write what sampling needs, config included, in one file."""
     manifest = dict(manifest, encoders=model.encoders, config=dataclasses.asdict(model.config))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"ttt_minute": json.dumps(manifest)})
+    first, tensors = not dist.is_initialized() or dist.get_rank() == 0, {}
+    for name, tensor in model.state_dict().items():
+        tensor = whole(tensor.detach())
+        if first:
+            tensors[name] = tensor.cpu().contiguous()
+    if first:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"ttt_minute": json.dumps(manifest)})
 
 
 def read_checkpoint(path, whole=True):
@@ -1593,53 +1803,128 @@ def load_checkpoint(path):
     return model
 
 
-def save_state(folder, model, optimizers, step, manifest):
-    """state/STEP: everything resuming needs. The last two are kept."""
+def state_tensors(model, optimizers):
+    """Everything that changes in training, name -> tensor: weights, moments, AdamW's count of steps."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {"model." + name: tensor for name, tensor in model.state_dict().items()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}     # moments, and AdamW's step
-    with atomic(folder / "state" / f"{step:06d}") as temporary:
-        temporary.mkdir()
-        save_file(tensors, temporary / "state.safetensors", metadata={"ttt_minute": json.dumps(manifest | {"step": step})})
-    for old in saved_states(folder)[:-2]:
+            tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}
+    return tensors
+
+
+def checksum(manifest):
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def hash_files(folder, names, devices):
+    """{name: sha256}; the processes share the work."""
+    own, mine = sorted(names)[devices.rank::devices.count], {}
+    for name in own:
+        with open(folder / name, "rb") as file:
+            mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: digest for found in devices.collect(mine) for name, digest in found.items()}
+
+
+def save_state(folder, model, optimizers, step, manifest, devices):
+    """state/STEP: everything resuming needs, one safetensors file a process and manifest.json. The last two are kept.
+
+    All is written beside, the manifest with its checksums last, and then renamed: a state is there whole or not at all. Training waits
+    for it: that is seconds every hundred steps, and a copy to write in the background would need its memory and fail unseen.
+    """
+    path = folder / "state" / f"{step:06d}"
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with said_by_all(devices):
+            if devices.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        tensors = {name: tensor.detach() for name, tensor in state_tensors(model, optimizers).items()}
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=devices.count == 1)
+        files = hash_files(partial, [file.name for file in partial.glob("*.safetensors")], devices)
+        with said_by_all(devices):
+            if devices.rank == 0:
+                content = manifest | dict(step=step, samples=step * manifest["batch"], seed=manifest["config"]["seed"], processes=devices.count, files=files)
+                (partial / "manifest.json").write_text(json.dumps(content | {"checksum": checksum(content)}, indent=1))
+                shutil.rmtree(path, ignore_errors=True)       # found damaged, or it would not be written again
+                os.replace(partial, path)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if devices.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        kept = f"the last good one is {saved_states(folder)[-1]}" if saved_states(folder) else "there is none before it"
+        raise UserError(f"{path}: the state could not be saved ({reason}); {kept}; make room, then go on with --resume") from None
+    for old in saved_states(folder)[:-2] if devices.rank == 0 else ():
         shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def said_by_all(devices):
+    """An OSError in one process becomes one in all, where otherwise the others would wait."""
+    error = None
+    try:
+        yield
+    except OSError as caught:
+        error = caught
+    if found := [error for error in devices.collect(error) if error]:
+        raise found[0]
 
 
 def saved_states(folder):
     return sorted(path for path in (folder / "state").glob("*") if path.name.isdigit())
 
 
-def load_state(folder, model, optimizers, manifest):
-    """Put the newest state back and return its step."""
-    path = saved_states(folder)[-1] / "state.safetensors"
-    tensors, saved = read_checkpoint(path)
+def check_state(path, devices):
+    """(manifest, None), or (None, what is wrong with a state): cut, changed or put in another's place."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest.pop("checksum") != checksum(manifest) or manifest["step"] != int(path.name):
+            wrong = "manifest.json is not what was written"
+        else:
+            wrong = next((f"{name} is missing" for name in manifest["files"] if not (path / name).exists()), None)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        wrong = f"manifest.json: {error}"
+    if any(wrongs := devices.collect(wrong)):
+        return None, next(filter(None, wrongs))
+    found = hash_files(path, manifest["files"], devices)
+    wrong = [name for name, digest in manifest["files"].items() if found[name] != digest]
+    return (None, f"{wrong[0]} is not what was written") if wrong else (manifest, None)
+
+
+def load_state(folder, model, optimizers, manifest, devices):
+    """Put the newest whole state back and return its step. It may have been saved by another number of processes."""
+    for path in reversed(saved_states(folder)):
+        saved, wrong = check_state(path, devices)
+        if saved:
+            break
+        print(f"{path} is damaged ({wrong}) and set aside", file=sys.stderr)
+        devices.first(lambda: os.replace(path, path.with_name(f"damaged-{path.name}-{time.time_ns()}")))
+    else:
+        raise UserError(f"{folder / 'state'}: no state is whole; start the stage again with --overwrite")
     check_config(path, saved["config"], manifest["config"])
     dataset.check_encoders(path, saved["encoders"], manifest["encoders"], "start the stage again with --overwrite")
     for key in ("batch", "steps"):
         if saved[key] != manifest[key]:
             raise UserError(f"{path} was made by a run with {key} {saved[key]}, this one has {manifest[key]}; resume with the same flags")
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    states = {}                                               # parameter name -> its optimizer's tensors
-    for key, tensor in tensors.items():
-        kind, name = key.split(".", 1)
-        if kind != "model":
-            states.setdefault(name, {})[kind] = tensor
+    reader = HuggingFaceStorageReader(str(path))
+    shapes = {tuple(key.split(".", 1)): entry.size for key, entry in reader.read_metadata().state_dict_metadata.items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            optimizer.state[parameter] = {key: x if key == "step" else x.to(parameter.device)
-                                          for key, x in states[names[parameter]].items()}
+            kinds = {kind: shape for (kind, name), shape in shapes.items() if name == names[parameter] and kind != "model"}
+            optimizer.state[parameter] = {kind: torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape)
+                                          for kind, shape in kinds.items()}
+    dcp.load(state_tensors(model, optimizers), storage_reader=reader, no_dist=devices.count == 1)
     return saved["step"]
 
 
 GOLDEN = (5 ** 0.5 - 1) / 2
 
 
-def draw(runs, stage, config, name, step):
-    """Yields the batch of a step in micro-batches: latents, text, t, noise. Seed, stage and step decide everything, so a
-    resumed run needs no random state: it draws what the undisturbed run would have drawn.
+def draw(runs, stage, config, name, step, group=0, groups=1):
+    """Yields the batch of a step in micro-batches: latents, text, t, noise; of several groups of processes each gets its share. Seed,
+    stage, step and place in the batch decide everything, so a resumed run needs no random state: it draws what the undisturbed run
+    would have drawn, and any number of processes draws the same.
 
     DIFF: t is uniform in 0 .. 999 as in the paper (or in a stage's part of it), but the t of successive samples are a golden section apart, so that
     small batches see all noise levels equally often and the loss is less noisy (after Kingma et al., 2107.00630).
@@ -1651,9 +1936,10 @@ def draw(runs, stage, config, name, step):
     keep = torch.rand(stage.batch, generator=generator) >= config.text_dropout
     t = (offset + GOLDEN * (step * stage.batch + torch.arange(stage.batch, dtype=torch.float64))) % 1
     t = stage.noise[0] + t * (stage.noise[1] - stage.noise[0])
-    for own in torch.arange(stage.batch).split(config.micro_batch):
+    seeds = torch.randint(2 ** 32, (stage.batch,), generator=generator).tolist()
+    for own in torch.arange(stage.batch).chunk(groups)[group].split(config.micro_batch):
         latents, text = runs.batch(items[own].tolist())
-        noise = torch.stack([torch.randn(latents[0].shape, generator=generator) for _ in own])
+        noise = torch.stack([torch.randn(latents[0].shape, generator=torch.Generator().manual_seed(seeds[i])) for i in own])
         yield latents, text * keep[own, None, None, None], (1000 * t[own]).long(), noise
 
 
@@ -1666,22 +1952,25 @@ def prepare(model):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-def train(model, name, stage, runs, folder, save_every):
+SPIKE = 10                          # a loss so many times the median of the last 50 is not learning any more
+
+
+def train(model, name, stage, runs, folder, save_every, devices):
     """One stage: for step: learning rate, batch, loss, backward, clip, step, log. Goes on from a saved state if there is one.
 
-    Ctrl-C ends the step, saves and leaves.
+    Ctrl-C or SIGTERM ends the step, saves and leaves.
     """
-    config, device = model.config, next(model.parameters()).device
+    config, device = model.config, devices.device
     optimizers = make_optimizers(model, stage, config)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trainable = [parameter for group in groups for parameter in group["params"]]
     manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch, encoders=runs.encoders)
     prepare(model)
-    first = load_state(folder, model, optimizers, manifest) if saved_states(folder) else 0
+    first = load_state(folder, model, optimizers, manifest, devices) if saved_states(folder) else 0
     tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
-    log = open_log(folder / "log.jsonl", first)
-    interrupted = []
-    old_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    log, recent = open_log(folder / "log.jsonl", first, devices)
+    asked = []
+    old_handlers = {number: signal.signal(number, lambda *_: asked.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
 
     bar = tqdm(range(first, stage.steps), desc=name, initial=first, total=stage.steps, unit="step", dynamic_ncols=True)
     for step in bar:
@@ -1689,18 +1978,23 @@ def train(model, name, stage, runs, folder, save_every):
         for group in groups:
             group["lr"] = lr_at(step, stage.steps, group["peak"], group["schedule"], config)
         loss = 0.0
-        for batch in draw(runs, stage, config, name, step):
+        for batch in draw(runs, stage, config, name, step, devices.group, devices.groups):
             latents, text, t, noise = (x.to(device) for x in batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 part = diffusion_loss(model, latents, text, t, noise) * len(t) / stage.batch
             part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(trainable, config.clip)
-        if not torch.isfinite(loss + norm):
+        norm = whole(torch.nn.utils.clip_grad_norm_(trainable, config.clip)).cpu()
+        loss, interrupted = devices.sum(torch.stack([loss.cpu(), torch.tensor(float(bool(asked)))]))
+        spike = len(recent) >= 20 and loss > SPIKE * statistics.median(recent)
+        if spike or not torch.isfinite(loss + norm):
             bar.close()
             kept = saved_states(folder)
-            sys.exit(f"error: the loss or its gradient became {(loss + norm).item()} at step {step} of stage {name}; "
-                     f"{f'the last good state is {kept[-1]}' if kept else 'nothing had been saved yet'}; lower the learning rate or eta")
+            became = f"jumped to {loss:.3g}, the median before was {statistics.median(recent):.3g}," if spike else f"or its gradient became {(loss + norm).item()}"
+            sentence = (f"error: the loss {became} at step {step} of stage {name}; "
+                        f"{f'the last good state is {kept[-1]}' if kept else 'nothing had been saved yet'}; lower the learning rate or eta")
+            sys.exit(1 if devices.rank else sentence)
+        recent.append(loss.item())
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
@@ -1712,27 +2006,32 @@ def train(model, name, stage, runs, folder, save_every):
         log.flush()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if interrupted or done == stage.steps or done % save_every == 0:
-            save_state(folder, model, optimizers, done, manifest)
+            save_state(folder, model, optimizers, done, manifest, devices)
         if interrupted and done < stage.steps:
             bar.close()
-            signal.signal(signal.SIGINT, old_handler)
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
             print(f"interrupted after step {done} of stage {name}, which is saved; go on with --resume", file=sys.stderr)
             raise KeyboardInterrupt
     log.close()
-    signal.signal(signal.SIGINT, old_handler)
+    for number, handler in old_handlers.items():
+        signal.signal(number, handler)
     model.encoders = runs.encoders
     if stage.lr_muon:
         unit_attention(model)
     save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps)
 
 
-def open_log(path, first):
-    """A stage's log, without the steps that will be taken again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
-    with atomic(path) as temporary:
-        temporary.write_text("".join(lines))
-    return path.open("a")
+def open_log(path, first, devices):
+    """A stage's log, without the steps that will be taken again, and its last 50 losses. The first process writes for all."""
+    lines = []
+    if devices.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
+        with atomic(path) as temporary:
+            temporary.write_text("".join(lines))
+    recent = collections.deque((json.loads(line)["loss"] for line in devices.tell(lines[-50:])), maxlen=50)
+    return open(os.devnull, "w") if devices.rank else path.open("a"), recent
 
 
 def memory_gb(device):
@@ -1746,6 +2045,11 @@ def memory_gb(device):
 
 
 # The command line: every Config field is a flag, and a few flags say what to run.
+
+
+def add_device_flags(parser):
+    parser.add_argument("--context_parallel", type=int, default=1, metavar="C", help="with torchrun: so many processes share every video (default 1)")
+    parser.add_argument("--shard", type=int, default=0, metavar="N", help="with torchrun: so many processes share a copy of the weights (default: all)")
 
 
 def add_config_flags(parser):
@@ -1867,7 +2171,7 @@ def check_5b(args, start, todo):
 
 
 def new_model(config, start, encoders):
-    """A network with the weights of `start`: an earlier stage, a folder of CogVideoX, or none."""
+    """A network on the CPU with the weights of `start`: an earlier stage, a folder of CogVideoX, or none."""
     torch.manual_seed(config.seed)
     if start and start.is_dir():
         return DiT.from_cogvideox(start, **dataclasses.asdict(config))
@@ -1877,9 +2181,17 @@ def new_model(config, start, encoders):
     return model
 
 
+def make_world(videos, data, episodes, config):
+    """The pocket world, from drawing to latents in `data`."""
+    world = dataset.open_encoders(size=config.frame_size, text=config.text_size)
+    dataset.render_world(videos, episodes)
+    dataset.ingest(videos, data, *world)
+
+
 WORLD_SECONDS = 0.8                 # an episode of the pocket world on two cores, from drawing to latents
 
 
+@together
 def main():
     parser = Parser("ttt_minute.py", description="Train a stage of one-minute video generation with TTT, and what it needs before it.",
                     epilog="example: python ttt_minute.py --stage 9s")
@@ -1891,6 +2203,7 @@ def main():
     parser.add_argument("--batch_size", type=int, help="videos a step, in place of the preset's")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="save what --resume needs every so many steps (default 100)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    add_device_flags(parser)
     parser.add_argument("--init_from", metavar="PATH", help="weights to start the stage from, in place of the stage before it: a "
                         "model.safetensors, or with --preset 5b CogVideoX's folder")
     parser.add_argument("--vae", metavar="FOLDER", help="CogVideoX's VAE, to end a stage on real videos with a video")
@@ -1925,13 +2238,13 @@ def main():
     for name in todo:
         if saved_states(folders[name]) and not args.resume and not (args.overwrite and name == args.stage):
             raise UserError(f"stage {name} was interrupted; add --resume to go on, or --overwrite to start it again")
+    devices = join(device, args.context_parallel, args.shard)
+    device = devices.device
+    check_devices(devices, config, {name: stages[name] for name in todo or [args.stage]})
     if todo:
-        print_plan(config, stages, todo, start, device, episodes)
+        devices.first(lambda: print_plan(config, stages, todo, start, device, episodes))
     if episodes:
-        world = dataset.open_encoders(size=config.frame_size, text=config.text_size)
-        videos = Path(args.out_dir) / "pocket-world" / "videos"
-        dataset.render_world(videos, episodes)
-        dataset.ingest(videos, data, *world)
+        devices.first(lambda: make_world(Path(args.out_dir) / "pocket-world" / "videos", data, episodes, config))
     import sample
     runs = open_runs(data, stages[args.stage].segments, config) if todo or args.data else None      # a mistake should show before hours of work
     made_with = runs.encoders if runs else read_checkpoint(start, whole=False)[1]["encoders"]
@@ -1941,17 +2254,17 @@ def main():
     for name in todo:
         stage, folder = stages[name], folders[name]
         runs = open_runs(data, stage.segments, config)
-        model = new_model(dataclasses.replace(config, layer=layer_of(config, name)), start, runs.encoders).to(device)
+        model = build(lambda: new_model(dataclasses.replace(config, layer=layer_of(config, name)), start, runs.encoders), devices)
         if args.overwrite and name == args.stage:
-            shutil.rmtree(folder, ignore_errors=True)
-        train(model, name, stage, runs, folder, args.checkpoint_every)
+            devices.first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        train(model, name, stage, runs, folder, args.checkpoint_every, devices)
         start = folder / "model.safetensors"
-        sample.plot_loss(folder)
-        sample.show_stage(model, folder, stage.segments, codec, text_encoder, runs)
+        devices.first(lambda: sample.plot_loss(folder))
+        sample.show_stage(model, folder, stage.segments, codec, text_encoder, runs, devices)
     if not todo:
         print(f"stage {args.stage} is already trained ({folders[args.stage]}); --overwrite trains it again")
-        model = load_checkpoint(start).to(device)
-        sample.show_stage(model, folders[args.stage], stages[args.stage].segments, codec, text_encoder, runs)
+        model = build(lambda: load_checkpoint(start), devices)
+        sample.show_stage(model, folders[args.stage], stages[args.stage].segments, codec, text_encoder, runs, devices)
     print(f"done: {folders[args.stage]} holds {', '.join(sorted(path.name for path in folders[args.stage].iterdir()))}")
 
 
