@@ -37,6 +37,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import json
@@ -48,6 +49,7 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1452,6 +1454,7 @@ def join(device, context=1, shard=0):
     return Devices(device, rank, count, context, sharing, mesh if shard < count else mesh["shard"])
 
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")       # a process alone saves its state in the same way
 BEAT, SILENCE = 2, 30               # seconds
 LEAVING = threading.Event()
 
@@ -1493,6 +1496,12 @@ def together(main):
             if dist.is_initialized():
                 dist.barrier()
                 dist.destroy_process_group()
+        except (PermissionError, SafetensorError) as error:
+            raise UserError(f"a file could not be written: {error}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
+                raise
+            raise UserError(f"a file could not be written: {error}; make room, then go on with --resume") from error
         except (dist.DistError, RuntimeError) as error:       # gloo tells of a closed connection in a RuntimeError
             if not dist.is_initialized() or not isinstance(error, dist.DistError) and "onnection" not in str(error):
                 raise
@@ -1837,7 +1846,8 @@ def save_state(folder, model, optimizers, step, manifest, devices):
     try:
         with said_by_all(devices):
             if devices.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                for left in (folder / "state").glob(".*.partial"):
+                    shutil.rmtree(left)
                 partial.mkdir(parents=True)
         tensors = {name: tensor.detach() for name, tensor in state_tensors(model, optimizers).items()}
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=devices.count == 1)
