@@ -1568,6 +1568,7 @@ def build(make, devices):
 
 PAPER_TOKENS = {"3s": 18048, "9s": 51456, "18s": 99894, "30s": 168320, "63s": 341550}       # section 3.3; its text lengths differ by stage
 H100_FLOPS, USED = 989e12, 0.4      # bf16, dense; the fraction that we assume a run reaches
+CARD_GB = 72                        # of a GPU's 80, for what is counted here
 # Bytes alive at once in a block, in units of one bf16 tensor [L, D]: in a training step, and in sampling. Counted on the CPU
 # by PeakMemory of test_ttt.py.
 ALIVE = {"local": (33, 15), "full": (33, 14), "swa": (67, 18), "ttt_linear": (80, 21), "ttt_mlp": (84, 22), "mamba2": (193, 41),
@@ -1631,17 +1632,60 @@ def parameter_counts(config, stage):
     return sum(sizes.values()) - new, new - gates, gates, sum(size for name, size in sizes.items() if trains(name, stage))
 
 
-def training_gb(config, stage, gpus):
-    """Memory a GPU, in GB: weights, gradients and AdamW's moments in fp32, sharded; two blocks gathered in bf16; the inputs of all
-    blocks, and what is alive in one. Where there are more GPUs than videos in a batch, some share a video."""
+def sharing_for(config, stage, gpus):
+    """How many of so many GPUs share a video: as few as fit into CARD_GB; None where the batch cannot be spread over them."""
+    fits = [C for C in range(1, min(gpus, stage.segments) + 1) if gpus % C == 0 and stage.batch % (gpus // C) == 0
+            and (C == 1 or config.heads % C == 0 or config.layer == "local")]
+    return next((C for C in fits if sum(training_parts(config, stage, gpus, C).values()) < CARD_GB), fits[-1] if fits else None)
+
+
+def training_parts(config, stage, gpus, sharing):
+    """GB of memory of a GPU, by part: weights, gradients and AdamW's moments in fp32, sharded over all GPUs; two blocks gathered in
+    bf16; the inputs of all blocks, and what is alive in one, of the largest share of a video (without the buffers of exchanges)."""
     base, ttt, gates, trained = parameter_counts(config, stage)
     weights = base + ttt + gates
     tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
-    tensor = 2 * tokens * config.dim * config.micro_batch / max(1, gpus // stage.batch)
+    tensor = 2 * tokens * config.dim * config.micro_batch * math.ceil(stage.segments / sharing) / stage.segments
     alive = ALIVE[config.layer][0]
-    activations = tensor * (config.depth + alive if config.recompute else config.depth * alive)
-    gathered = 2 * weights * min(1, 2 / config.depth if gpus > 1 else 1)
-    return ((4 * weights + 12 * trained) / gpus + gathered + activations) / 1e9
+    parts = {"weights": 4 * weights / gpus, "gradients": 4 * trained / gpus, "moments": 8 * trained / gpus,
+             "gathered": 2 * weights * min(1, 2 / config.depth if gpus > 1 else 1),
+             "activations": tensor * (config.depth + alive if config.recompute else config.depth * alive)}
+    return {part: size / 1e9 for part, size in parts.items()}
+
+
+def training_gb(config, stage, gpus):
+    """Memory of a GPU in GB, with as few GPUs to a video as fit."""
+    return sum(training_parts(config, stage, gpus, sharing_for(config, stage, gpus) or 1).values())
+
+
+def exchanged_bytes(config, segments, sharing):
+    """What a GPU sends to the others that share a video, on average, in one pass of the network over it, in bf16 where it is that."""
+    D, H, width, C = config.dim, config.heads, config.head_width, sharing
+    layout, heads = Layout(segments, config.text_len, config.grid(segments)), delta_heads(config)
+    n = C // math.gcd(C, heads)
+    token = {"full": 12 * D, "swa": 2 * 12 * D, "ttt_linear": 2 * (8 * D + 4 * H), "ttt_mlp": 2 * (8 * D + 4 * H),
+             "mamba2": 2 * (12 * D + 4 * H + 8 * width * C),
+             "gated_deltanet": 2 * (4 * D * n + 4 * D + 8 * heads * n + 8 * D)}.get(config.layer, 0)        # of it 1/C stays here
+    border = 0 if config.layer == "full" else 12 * D * math.prod(layout.grid[1:])     # q, k, v of a frame, and its output back
+    return config.depth * (C - 1) / C * (layout.tokens / C * token + border)
+
+
+def sent_gb(config, stage, gpus, sharing):
+    """GB that a GPU sends in a step: (for the sharded weights, for the shared videos). Every micro-batch gathers the weights twice, in
+    bf16, and scatters the gradients, in fp32; activations pass forward, recomputed and backward."""
+    base, ttt, gates, trained = parameter_counts(config, stage)
+    videos = stage.batch * sharing / gpus
+    weights = math.ceil(videos / config.micro_batch) * (2 * 2 * (base + ttt + gates) + 4 * trained) * (gpus - 1) / gpus
+    return weights / 1e9, videos * (2 + config.recompute) * exchanged_bytes(config, stage.segments, sharing) / 1e9
+
+
+def tensor_parallel_gb(config, stage, gpus, sharing):
+    """The second number for tensor parallelism: maps split by columns and rows, tokens gathered before and scattered after attention,
+    both directions of the layer, and the MLP."""
+    tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
+    regions = 4 if LAYERS[config.layer] else 2
+    passes = config.depth * (2 + config.recompute) * regions * 2
+    return stage.batch * sharing / gpus * passes * 2 * config.dim * tokens * (sharing - 1) / sharing / 1e9
 
 
 def sampling_gb(config, segments):
@@ -1664,15 +1708,34 @@ def print_cost(config, stages, names):
               + "".join(f"{flops[part] / 1e12:>19,.1f}" for part in parts) + f"{sum(flops.values()) / 1e12:>10,.0f}")
     base, ttt, gates, _ = parameter_counts(config, stages[names[0]])
     print(f"parameters: base {base:,}, global layers {ttt:,}, gates {gates:,}\n")
-    print(f"H100-hours at {USED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s; GB a GPU for so many; and to sample one video of the stage (50 steps, 99 passes)")
-    print(f"{'stage':<9} {'H100-hours':>11}" + "".join(f"{f'{n} GPU':>10}" for n in gpus) + f"{'sampling':>12} {'minutes':>8}")
+    print(f"H100-hours at {USED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s, and to sample one video of the stage on one GPU (50 steps, 99 passes)")
+    print(f"{'stage':<9} {'H100-hours':>11}{'sampling':>12} {'minutes':>8}")
     for name in names:
         stage, own = stages[name], dataclasses.replace(config, layer=layer_of(config, name))
         hours = sum(step_flops(own, stage).values()) * stage.batch * stage.steps / (USED * H100_FLOPS) / 3600
         minutes = 99 * sum(forward_flops(own, stage.segments).values()) / (USED * H100_FLOPS) / 60
-        memory = "".join(f"{training_gb(own, stage, n):>10,.1f}" for n in gpus)
-        print(f"{name:<9} {hours:>11,.1f}{memory}{sampling_gb(own, stage.segments):>9,.1f} GB {minutes:>8,.1f}")
-    print("(FLOPs are those of matrix products. GPUs beyond the batch share a video.)\n")
+        print(f"{name:<9} {hours:>11,.1f}{sampling_gb(own, stage.segments):>9,.1f} GB {minutes:>8,.1f}")
+    print(f"\nGB of memory of a GPU, by part; C GPUs share a video (--context_parallel), as few as leave it under {CARD_GB} GB; GB that a GPU sends in a"
+          " step, and its seconds")
+    parts = "weights", "gradients", "moments", "gathered", "activations"
+    columns = "".join(f"{part:>14}" for part in (*parts, "in all", "sent: weights", "tokens", "seconds"))
+    print(f"{'stage':<9} {'GPUs':>5} {'C':>3}" + columns)
+    for name, gpus in ((name, gpus) for name in names for gpus in (1, 8, 64, 256)):
+        stage, own = stages[name], dataclasses.replace(config, layer=layer_of(config, name))
+        if sharing := sharing_for(own, stage, gpus):
+            memory, sent = training_parts(own, stage, gpus, sharing), sent_gb(own, stage, gpus, sharing)
+            seconds = sum(step_flops(own, stage).values()) * stage.batch / (gpus * USED * H100_FLOPS)
+            numbers = *memory.values(), sum(memory.values()), *sent, seconds
+            print(f"{name:<9} {gpus:>5} {sharing:>3}" + "".join(f"{number:>14,.1f}" for number in numbers)
+                  + ("  does not fit" if sum(memory.values()) > CARD_GB else ""))
+        else:
+            print(f"{name:<9} {gpus:>5}   -  a batch of {stage.batch} videos of {stage.segments} segments cannot be spread so far")
+    if config.preset == "5b" and "63s" in names:              # the published layout
+        stage = stages["63s"]
+        memory = training_parts(config, stage, 256, 4) | {"activations": training_parts(config, stage, 256, 1)["activations"] / 4}
+        numbers = *memory.values(), sum(memory.values()), sent_gb(config, stage, 256, 4)[0], tensor_parallel_gb(config, stage, 256, 4), seconds
+        print("published 256   4" + "".join(f"{number:>14,.1f}" for number in numbers) + "  63s, tensor parallel 4; that tokens are split, too, is assumed")
+    print("(FLOPs are those of matrix products; what is sent is taken to hide behind them.)\n")
 
 
 # ----------------------------------------------------------------------------------------------------
