@@ -1339,12 +1339,13 @@ def rejoin(context, shard):
 
 
 def wide_open(config):
-    """A network in which every part matters: gates open, adaLN far from zero."""
+    """A network in which every part matters, gates and adaLN too, and rounding does not grow: with 0.2 the recurrences multiply a
+    disturbance of 1e-7 by thousands."""
     torch.manual_seed(0)
     model = DiT(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
@@ -1391,7 +1392,7 @@ def compare_arrangements(cases):
         errors["video"] = relative(many[3], one[3])
         case = f"{layer}, {segments} segments, {context} share a video, {shard} a copy"
         print(f"{case:<62}" + "".join(f"  {what} {error:.0e}" for what, error in errors.items()), flush=True)
-        assert errors["loss and norm"] < 5e-5 and errors["gradients"] < 2e-4 and errors["weights"] < 1e-3 and errors["video"] < 1e-3, (case, errors)
+        assert errors["loss and norm"] < 1e-5 and errors["gradients"] < 5e-5 and errors["weights"] < 1e-3 and errors["video"] < 1e-4, (case, errors)
 
 
 def test_many_processes_train_and_sample_like_one():
@@ -1538,7 +1539,7 @@ def test_a_run_killed_many_times_ends_with_the_same_weights(undisturbed, tmp_pat
 
 def kill_ingestion(world, tmp_path, kills):
     """Killed at random moments and started again; the latents are those of an undisturbed ingestion, bit for bit."""
-    random, killed, runs = np.random.default_rng(2), 0, 0
+    random, killed, runs, inside = np.random.default_rng(2), 0, 0, 0
     while killed < kills:
         out, runs, status = tmp_path / str(runs), runs + 1, None
         while status != 0:
@@ -1547,11 +1548,11 @@ def kill_ingestion(world, tmp_path, kills):
             killed += process.is_alive()
             process.kill()
             process.join()
-            status = process.exitcode
+            status, inside = process.exitcode, inside + any(out.glob(".*partial*"))
             assert status in (0, -9), stderr.read_text()
         for path in world.glob("*.safetensors"):
             assert same(load_file(path), load_file(out / path.name))
-    print(f"{killed} kills in {runs} ingestions survived")
+    print(f"{killed} kills in {runs} ingestions survived, {inside} of them while a file was being written")
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=SLOW)])
