@@ -1267,7 +1267,8 @@ def test_a_storyboard_becomes_a_video_of_its_own_length(trained, tmp_path):
     (["--layr", "local"], "--layer"), (["--layer", "ttt_mpl"], "ttt_mlp"), (["--stage", "10s"], "9s"), (["--depth", "two"], "invalid int"),
     (["--steps", "0"], "--steps 0"), (["--head_width", "20"], "multiple of 16"), (["--device", "cuda:99"], "--device cuda"),
     (["--data", "nowhere"], "nowhere"), (["--preset", "5b"], "--stage 3s"), (["--preset", "5b", "--stage", "3s"], "CogVideoX-5B's weights"),
-    (["--preset", "5b", "--stage", "pretrain"], "stages 3s"), (["--init_from", "."], "--preset 5b"), (["--micro_batch", "0"], "--micro_batch 0")])
+    (["--preset", "5b", "--stage", "pretrain"], "stages 3s"), (["--init_from", "."], "--preset 5b"), (["--micro_batch", "0"], "--micro_batch 0"),
+    (["--context_parallel", "2"], "--context_parallel 2"), (["--shard", "3"], "--shard 3")])
 def test_a_users_mistake_is_one_sentence_and_exit_status_2(flags, message, tmp_path, capsys):
     if "cuda" in " ".join(flags) and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -1538,13 +1539,16 @@ def test_a_run_killed_many_times_ends_with_the_same_weights(undisturbed, tmp_pat
 
 
 def kill_ingestion(world, tmp_path, kills):
-    """Killed at random moments and started again; the latents are those of an undisturbed ingestion, bit for bit."""
+    """Killed at random moments, half of them while a file is being written, and started again; the latents are those of an undisturbed ingestion, bit for bit."""
     random, killed, runs, inside = np.random.default_rng(2), 0, 0, 0
     while killed < kills:
         out, runs, status = tmp_path / str(runs), runs + 1, None
         while status != 0:
             (process, stderr), = start(tmp_path, "--ingest", world.parent / "videos", "--out", out, module="dataset")
-            process.join(random.uniform(0.05, 0.8) if killed < kills else None)
+            end, wait_for_file = time.monotonic() + random.uniform(0.05, 0.8), random.random() < 0.5
+            while process.is_alive() and (killed >= kills or time.monotonic() < end + 5 * wait_for_file):
+                if wait_for_file and killed < kills and any(out.glob(".*partial*")):
+                    break
             killed += process.is_alive()
             process.kill()
             process.join()
@@ -1553,6 +1557,7 @@ def kill_ingestion(world, tmp_path, kills):
         for path in world.glob("*.safetensors"):
             assert same(load_file(path), load_file(out / path.name))
     print(f"{killed} kills in {runs} ingestions survived, {inside} of them while a file was being written")
+    assert inside
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=SLOW)])

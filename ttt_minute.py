@@ -1487,7 +1487,7 @@ FALLEN = "another process of this run has stopped, and the others stop with it; 
 
 
 def together(main):
-    """Wraps a main(): all processes end together, and the loss of one is a sentence in the others."""
+    """Wraps a main(): all processes end together, and the loss of one is a sentence in the others. So is a file that cannot be written."""
     @functools.wraps(main)
     def run():
         try:
@@ -1502,10 +1502,12 @@ def together(main):
             if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
                 raise
             raise UserError(f"a file could not be written: {error}; make room, then go on with --resume") from error
-        except (dist.DistError, RuntimeError) as error:       # gloo tells of a closed connection in a RuntimeError
+        except RuntimeError as error:                         # gloo tells of a closed connection in a plain one
             if not dist.is_initialized() or not isinstance(error, dist.DistError) and "onnection" not in str(error):
                 raise
             sys.exit(f"error: {FALLEN}")
+        finally:
+            LEAVING.set()
     return run
 
 
@@ -1893,8 +1895,11 @@ def hash_files(folder, names, devices):
     """{name: sha256}; the processes share the work."""
     own, mine = sorted(names)[devices.rank::devices.count], {}
     for name in own:
-        with open(folder / name, "rb") as file:
-            mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open(folder / name, "rb") as file:
+                mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            mine[name] = f"unreadable: {error}"
     return {name: digest for found in devices.collect(mine) for name, digest in found.items()}
 
 
