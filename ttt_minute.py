@@ -1462,7 +1462,7 @@ LEAVING = threading.Event()
 def watch(rank, count):
     """Ends this process with a sentence when its neighbour has been silent for SILENCE seconds, or somebody else found that: who
     waits for the dead waits forever."""
-    heard, when, beats = None, time.monotonic(), 0
+    heard, silent, beats = None, 0, 0                         # silence is counted in own beats: a run may be suspended as a whole
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=datetime.timedelta(seconds=SILENCE))
@@ -1470,9 +1470,8 @@ def watch(rank, count):
             beats += 1
             store.set(f"beat {rank}", str(beats))
             now = store.get(f"beat {(rank + 1) % count}")     # waits for its first
-            if now != heard:
-                heard, when = now, time.monotonic()
-            elif time.monotonic() - when > SILENCE:
+            heard, silent = now, silent + 1 if now == heard else 0
+            if silent * BEAT > SILENCE:
                 store.set("fallen", "1")
             if store.check(["fallen"]):
                 break
@@ -1717,8 +1716,8 @@ def print_cost(config, stages, names):
         hours = sum(step_flops(own, stage).values()) * stage.batch * stage.steps / (USED * H100_FLOPS) / 3600
         minutes = 99 * sum(forward_flops(own, stage.segments).values()) / (USED * H100_FLOPS) / 60
         print(f"{name:<9} {hours:>11,.1f}{sampling_gb(own, stage.segments):>9,.1f} GB {minutes:>8,.1f}")
-    print(f"\nGB of memory of a GPU, by part; C GPUs share a video (--context_parallel), as few as leave it under {CARD_GB} GB; GB that a GPU sends in a"
-          " step, and its seconds")
+    print(f"\nGB of memory of a GPU, by part; C GPUs share a video (--context_parallel), as few as leave it under {CARD_GB} GB; GB that a GPU "
+          "sends in a step, and its seconds")
     parts = "weights", "gradients", "moments", "gathered", "activations"
     columns = "".join(f"{part:>14}" for part in (*parts, "in all", "sent: weights", "tokens", "seconds"))
     print(f"{'stage':<9} {'GPUs':>5} {'C':>3}" + columns)
@@ -1736,7 +1735,8 @@ def print_cost(config, stages, names):
         stage = stages["63s"]
         memory = training_parts(config, stage, 256, 4) | {"activations": training_parts(config, stage, 256, 1)["activations"] / 4}
         numbers = *memory.values(), sum(memory.values()), sent_gb(config, stage, 256, 4)[0], tensor_parallel_gb(config, stage, 256, 4), seconds
-        print("published 256   4" + "".join(f"{number:>14,.1f}" for number in numbers) + "  63s, tensor parallel 4; that tokens are split, too, is assumed")
+        print("published 256   4" + "".join(f"{number:>14,.1f}" for number in numbers)
+              + "  63s, tensor parallel 4; that tokens are split, too, is assumed")
     print("(FLOPs are those of matrix products; what is sent is taken to hide behind them.)\n")
 
 
@@ -1922,7 +1922,8 @@ def save_state(folder, model, optimizers, step, manifest, devices):
         files = hash_files(partial, [file.name for file in partial.glob("*.safetensors")], devices)
         with said_by_all(devices):
             if devices.rank == 0:
-                content = manifest | dict(step=step, samples=step * manifest["batch"], seed=manifest["config"]["seed"], processes=devices.count, files=files)
+                content = manifest | dict(step=step, samples=step * manifest["batch"], seed=manifest["config"]["seed"],
+                                          processes=devices.count, files=files)
                 (partial / "manifest.json").write_text(json.dumps(content | {"checksum": checksum(content)}, indent=1))
                 shutil.rmtree(path, ignore_errors=True)       # found damaged, or it would not be written again
                 os.replace(partial, path)
@@ -2033,6 +2034,17 @@ def prepare(model):
 SPIKE = 10                          # a loss so many times the median of the last 50 is not learning any more
 
 
+def check_loss(loss, norm, recent, where, folder, devices):
+    """Ends the run with a sentence when the loss or its gradient is not finite any more, or the loss jumps, before a weight is touched."""
+    spike = len(recent) >= 20 and loss > SPIKE * statistics.median(recent)
+    if spike or not torch.isfinite(loss + norm):
+        kept = saved_states(folder)
+        became = f"jumped from {statistics.median(recent):.3g} to {loss:.3g}" if spike else f"or its gradient became {(loss + norm).item()}"
+        sentence = (f"error: the loss {became} at {where}; {f'the last good state is {kept[-1]}' if kept else 'nothing had been saved yet'}; "
+                    "lower the learning rate or eta")
+        sys.exit(1 if devices.rank else sentence)
+
+
 def train(model, name, stage, runs, folder, save_every, devices):
     """One stage: for step: learning rate, batch, loss, backward, clip, step, log. Goes on from a saved state if there is one.
 
@@ -2064,14 +2076,7 @@ def train(model, name, stage, runs, folder, save_every, devices):
             loss += part.detach()
         norm = whole(torch.nn.utils.clip_grad_norm_(trainable, config.clip)).cpu()
         loss, interrupted = devices.sum(torch.stack([loss.cpu(), torch.tensor(float(bool(asked)))]))
-        spike = len(recent) >= 20 and loss > SPIKE * statistics.median(recent)
-        if spike or not torch.isfinite(loss + norm):
-            bar.close()
-            kept = saved_states(folder)
-            became = f"jumped to {loss:.3g}, the median before was {statistics.median(recent):.3g}," if spike else f"or its gradient became {(loss + norm).item()}"
-            sentence = (f"error: the loss {became} at step {step} of stage {name}; "
-                        f"{f'the last good state is {kept[-1]}' if kept else 'nothing had been saved yet'}; lower the learning rate or eta")
-            sys.exit(1 if devices.rank else sentence)
+        check_loss(loss, norm, recent, f"step {step} of stage {name}", folder, devices)
         recent.append(loss.item())
         for optimizer in optimizers:
             optimizer.step()
@@ -2127,7 +2132,8 @@ def memory_gb(device):
 
 def add_device_flags(parser):
     parser.add_argument("--context_parallel", type=int, default=1, metavar="C", help="with torchrun: so many processes share every video (default 1)")
-    parser.add_argument("--shard", type=int, default=0, metavar="N", help="with torchrun: so many processes share a copy of the weights (default: all)")
+    parser.add_argument("--shard", type=int, default=0, metavar="N",
+                        help="with torchrun: so many processes share a copy of the weights (default: all)")
 
 
 def add_config_flags(parser):
