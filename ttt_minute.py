@@ -29,7 +29,7 @@ Map
      2  Parts                             7  The other memories: a window, linear recurrences
      3  One sequence out of many segments 8  Gate, both directions, block, model, CogVideoX weights
      4  The inner loop (the heart)        9  Diffusion
-     5  The TTT layer                    10  Training in stages, the command line; before it P, what it costs
+     5  The TTT layer                    10  Training in stages, the command line; before it P, many devices and what it costs
 """
 
 import argparse
