@@ -2058,6 +2058,22 @@ def test_every_sentence_of_the_troubleshooting_table_is_one_the_program_says():
         assert sentence in SOURCES, sentence
 
 
+def mapped(text):
+    """The README with every `name` file:line pointing at the line that defines the name."""
+    def found(match):
+        name, file = match[1], match[2]
+        lines = Path(ttt_minute.__file__).with_name(file).read_text().splitlines()
+        at = [number for number, line in enumerate(lines, 1) if re.match(rf"((class|def|struct) {name}\b|{name} = )", line)]
+        return f"`{name}` {file}:{at[0] if at else 'not there'}"
+
+    return re.sub(r"`(\w+)` ([\w.]+):(\d+|not there)", found, text)
+
+
+def test_the_map_from_the_paper_points_at_the_lines():
+    assert README.count(".py:") > 20 and "not there" not in mapped(README)
+    assert mapped(README) == README, "lines have moved: python test_ttt.py --map"
+
+
 def test_the_readmes_eighth_layer_works_like_the_seven(world, tmp_path, monkeypatch):
     """In chunks it is its recurrence; behind closed gates nothing; it trains and samples by name."""
     monkeypatch.setitem(ttt_minute.LAYERS, "retention", None)          # the name is gone again after the test
@@ -2538,9 +2554,12 @@ if __name__ == "__main__":
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--bench", action="store_true", help="time the scan and a training step")
     action.add_argument("--experiment", type=int, choices=(9, 10), help="plot an experiment of the exercises")
+    action.add_argument("--map", action="store_true", help="bring the README's line numbers up to date")
     action.add_argument("--figure", action="store_true", help="draw assets/figure.png")
     args = parser.parse_args()
-    if args.experiment:
+    if args.map:
+        Path(ttt_minute.__file__).with_name("README.md").write_text(mapped(README))
+    elif args.experiment:
         experiment(args.experiment)
     else:
         figure() if args.figure else bench()
