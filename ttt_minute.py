@@ -49,6 +49,7 @@ import statistics
 import sys
 import threading
 import time
+import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class Config:
     ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
     scan_checkpoint: int = 4        # the backward pass of the scan keeps W every so many mini-batches
     gate_init: float = 0.3          # alpha and beta at the start (eq 6)
-    backend: str = "auto"           # of ttt_scan: auto, torch, dual or autograd
+    backend: str = "auto"           # of ttt_scan: auto, triton, torch, dual or autograd
 
     # Training (appendix A)
     snr_shift: float = 3.0          # > 1 means more noise; 3 as in CogVideoX-2B, 1 as in CogVideoX-5B
@@ -605,7 +606,6 @@ def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
     return torch.baddbmm(dk + dv, dZ, W[0].mT, beta=-1), dv, deta
 
 
-@torch.compiler.disable
 def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, eps=1e-8, checkpoint=16, backend="auto"):
     """Read a sequence with a TTT layer's inner model (section 3.4): every mini-batch of tokens is one training step.
 
@@ -617,24 +617,32 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     ln_gamma, ln_beta   [H, F], of the LayerNorm around f
     checkpoint  the backward pass keeps W every so many mini-batches and recomputes in between
     backend     "autograd" (the definition), "dual" (naive dual form), "torch" (primal form with a closed-form backward);
-                "auto" takes the fastest that fits
+                "triton" (one kernel a pass, section K); "auto" takes the fastest that fits, and says which on a GPU
 
     Returns out [B, H, L, F] in q's dtype, and the last weights in the order of `weights`, with B in front, in fp32
-    (float64 for float64). Differentiable in every tensor, through both results. Raises ValueError for a wrong kind, shape
-    or backend.
+    (float64 for float64). Differentiable in every tensor, through both results. Raises ValueError for a wrong kind or shape, and for
+    a backend that is unknown or cannot take these inputs, with what it could take.
     """
     if kind not in ("linear", "mlp"):
         raise ValueError(f'ttt_scan: kind "{kind}" is neither "linear" nor "mlp"')
-    backend = "torch" if backend == "auto" else backend
-    if backend not in SCAN_BACKENDS:
-        raise ValueError(f'ttt_scan: no backend "{backend}"; there are auto, {", ".join(SCAN_BACKENDS)}')
     B, H, L, width = q.shape
     E = width if kind == "linear" else 4 * width
     expected = [(H, width, E), (H, E), (H, E, width), (H, width)][:2 if kind == "linear" else 4]
     shapes = [tuple(w.shape[-len(e):]) for w, e in zip(weights, expected)]
     if len(weights) != len(expected) or shapes != expected or not L or min(mini_batch, checkpoint) < 1:
         raise ValueError(f"ttt_scan: {kind} weights for q {tuple(q.shape)} have shapes {expected}, not {[tuple(w.shape) for w in weights]}")
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in (q, k, v, eta)])
+    precision = operand_precision(dtype, q.device.type)
+    backend = choose_backend(backend, kind, width, mini_batch, str(dtype).removeprefix("torch."), precision, str(q.device))
+    if backend == "triton":
+        return scan_in_triton(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, precision)
+    return scan_in_torch(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, backend)
 
+
+@torch.compiler.disable
+def scan_in_torch(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, backend):
+    """ttt_scan with "autograd", "dual" or "torch"."""
+    B, H, L, width = q.shape
     if q.numel() > SCAN_AT_ONCE and H > 1 and not torch.is_grad_enabled():      # a minute at 5b: half of the heads, then the others
         halves = zip(*[x.chunk(2, dim=1) for x in (q, k, v, eta)], *[x.chunk(2, dim=-2) for x in (ln_gamma, ln_beta)],
                      zip(*[w.chunk(2, dim=-len(e)) for w, e in zip(weights, expected)]))
@@ -667,7 +675,529 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
 
 
 SCAN_AT_ONCE = 1 << 28               # numbers in q: sampling scans more than these in parts, for their copies' sake
-SCAN_BACKENDS = {"autograd": step_autograd, "dual": step_dual, "torch": PrimalScan}
+SCAN_BACKENDS = {"autograd": step_autograd, "dual": step_dual, "torch": PrimalScan}     # and KERNELS, in section K
+
+
+# ----------------------------------------------------------------------------------------------------
+# K. Skip on first reading: kernels
+#
+# PrimalScan launches some thirty operations a mini-batch and carries everything they share through the GPU's main memory. Here one
+# program a (batch, head) reads a whole sequence, forward or backward, in a single launch. Names and formulas are those of section 4.
+#
+#   products   operands in the precision of the inputs, sums in fp32. All else is fp32: state, biases, LayerNorm, GELU, eta, dW.
+#   tokens     q, k, v, eta are read and out is written in place, whatever their strides, 33 KB a mini-batch at F 64, b 64 in bf16.
+#   state      one buffer a program, 132 KB for TTT-MLP at F 64. A register file holds 256 KB, but of what Triton keeps there a product's
+#              second operand costs 64 of a thread's 255 registers: with W in registers (tiles of 64 or of 128 rows, 8 warps) ptxas spilled
+#              2 to 97 KB. So W passes through registers in tiles of F x F and lives in the L1 and L2 caches, where it stays since nothing
+#              else comes by. DIFF from the paper's kernel (3.5), which holds W in the shared memory of two SMs: this one runs on any.
+#   backward   a program replays a group from its kept state into a scratch of `every` + 1 states and one [b, E] row, 2.3 MB for TTT-MLP at
+#              F 64, b 64 and 16 mini-batches a group, then walks it backwards. A step touches two states, dW and the row: 460 KB, within
+#              the L2 cache for every program (40 MB on an A100, 50 MB on an H100, 72 MB on an RTX 4090).
+#   order      every sum runs inside one program in the order of the code: no atomics, the same bits every time.
+#
+# Limits. TTT-MLP at F 64, b 64 takes 7 products of 2 b F E = 2.1 MFLOP a (head, mini-batch), 14.7 MFLOP: on one SM of an H100 (989 TFLOP/s
+# over 132) 2.0 us, of an A100 (312 over 108) 5.1 us, of an RTX 4090 (165 over 128) 11.4 us. This kernel multiplies 8 times, k W1 twice rather
+# than keep Z1, and moves the state 4 times, 0.5 MB: 4.8 us at an SM's 64 bytes a cycle from L2 and 1.7 GHz, less what L1 answers. The 33 KB
+# of tokens take 0.3 us at the same rate. What fraction is reached is not measured: not yet run on a GPU.
+# ----------------------------------------------------------------------------------------------------
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                           # there is no Triton for macOS and Windows
+    triton, tl = None, types.SimpleNamespace(constexpr=lambda value: value)
+
+# Triton's interpreter runs kernels on a CPU. It cannot multiply bf16 numbers, so there operands are rounded and go back to fp32.
+EMULATED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def jit(function):
+    return triton.jit(function) if triton else function
+
+
+@jit
+def tile_dot(x, y, PRECISION: tl.constexpr):
+    """x @ y: operands rounded to PRECISION, "bf16", "fp16", "tf32" or "fp32", and the sum in fp32."""
+    if PRECISION == "bf16":
+        x, y = x.to(tl.bfloat16), y.to(tl.bfloat16)
+    elif PRECISION == "fp16":
+        x, y = x.to(tl.float16), y.to(tl.float16)
+    if EMULATED:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="tf32" if PRECISION == "tf32" else "tf32x3")
+
+
+@jit
+def tile_gelu(x):
+    """gelu_derivatives: the function, its first and its second derivative."""
+    c2, d = 1.5957691216057308, 0.044715                      # 2c = 2 sqrt(2 / pi)
+    p = x * x * (c2 * d) + c2 / 3
+    u = x * p
+    s = tl.sigmoid(u + x * (2 * c2 / 3))
+    bell = s * (1 - s)
+    return x * s, s + 3 * u * bell, (9 * p * (u * (1 - 2 * s) + 4 / 3) - 2 * c2) * bell
+
+
+@jit
+def tile_mean(x):                                                                     # [b, F] -> [b, 1]
+    return (tl.sum(x, 1) / x.shape[1])[:, None]
+
+
+@jit
+def tile_normalise(Z, eps):
+    centred = Z - tile_mean(Z)
+    r = 1 / tl.sqrt(tile_mean(centred * centred) + eps)
+    return centred * r, r
+
+
+@jit
+def tile_J(p, xh, r):
+    return r * (p - tile_mean(p) - xh * tile_mean(p * xh))
+
+
+# In memory a state is W1 [F, E], b1 [E], W2 [E, F], b2 [F], or W1 [F, F], b1 [F], one behind the other. Tile e of it are columns e F ... of
+# W1 and b1 and rows e F ... of W2.
+
+
+@jit
+def W1_at(state, e, F: tl.constexpr, E: tl.constexpr):                                # [F, F]
+    return state + e * F + tl.arange(0, F)[:, None] * E + tl.arange(0, F)[None, :]
+
+
+@jit
+def b1_at(state, e, F: tl.constexpr, E: tl.constexpr):                                # [1, F]
+    return state + F * E + e * F + tl.arange(0, F)[None, :]
+
+
+@jit
+def W2_at(state, e, F: tl.constexpr, E: tl.constexpr):                                # [F, F]
+    return state + F * E + E + e * F * F + tl.arange(0, F)[:, None] * F + tl.arange(0, F)[None, :]
+
+
+@jit
+def b2_at(state, F: tl.constexpr, E: tl.constexpr):                                   # [1, F]
+    return state + 2 * F * E + E + tl.arange(0, F)[None, :]
+
+
+@jit
+def tokens_at(pointer, strides, batch, head, token, F: tl.constexpr):                 # [b, F]
+    pointer += batch * strides[0] + head * strides[1]
+    return pointer + token[:, None].to(tl.int64) * strides[2] + tl.arange(0, F)[None, :] * strides[3]
+
+
+@jit
+def load_tokens(pointer, strides, batch, head, token, L, F: tl.constexpr):            # [b, F], zeros behind the end
+    return tl.load(tokens_at(pointer, strides, batch, head, token, F), mask=token[:, None] < L, other=0).to(tl.float32)
+
+
+@jit
+def eta_at(pointer, strides, batch, head, token):                                     # [b]
+    return pointer + batch * strides[0] + head * strides[1] + token.to(tl.int64) * strides[2]
+
+
+@jit
+def load_eta(pointer, strides, batch, head, token, L):                                # [b, 1], zeros behind the end
+    return tl.load(eta_at(pointer, strides, batch, head, token), mask=token < L, other=0).to(tl.float32)[:, None]
+
+
+@jit
+def hidden(W, e, x, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+    """gelu, gelu' and gelu'' of Z1 = x W1 + b1, tile e: [b, F] each."""
+    return tile_gelu(tile_dot(x, tl.load(W1_at(W, e, F, E)), PRECISION) + tl.load(b1_at(W, e, F, E)))
+
+
+@jit
+def model(W, x, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+    """inner_model: f(x; W), [b, F]."""
+    if E == F:
+        Z = tile_dot(x, tl.load(W1_at(W, 0, F, E)), PRECISION) + tl.load(b1_at(W, 0, F, E))
+    else:
+        Z = tl.zeros_like(x) + tl.load(b2_at(W, F, E))
+        for e in tl.range(E // F, disable_licm=True):
+            X2, _, _ = hidden(W, e, x, F, E, PRECISION)
+            Z += tile_dot(X2, tl.load(W2_at(W, e, F, E)), PRECISION)
+    return Z
+
+
+@jit
+def learn(W, new, k, v, eta, gamma, beta, eps, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+    """inner_gradient and descend: the state W goes to `new`, which may be W."""
+    xh, r = tile_normalise(model(W, k, F, E, PRECISION), eps)
+    G = eta * tile_J(gamma * (gamma * xh + beta - (v - k)), xh, r)
+    tl.debug_barrier()
+    if E == F:
+        tl.store(W1_at(new, 0, F, E), tl.load(W1_at(W, 0, F, E)) - tile_dot(k.T, G, PRECISION))
+        tl.store(b1_at(new, 0, F, E), tl.load(b1_at(W, 0, F, E)) - tl.sum(G, 0)[None, :])
+    else:
+        for e in tl.range(E // F, disable_licm=True):
+            X2, slope, _ = hidden(W, e, k, F, E, PRECISION)                           # again, rather than keep it
+            W2 = tl.load(W2_at(W, e, F, E))
+            G1 = tile_dot(G, W2.T, PRECISION) * slope
+            tl.store(W1_at(new, e, F, E), tl.load(W1_at(W, e, F, E)) - tile_dot(k.T, G1, PRECISION))
+            tl.store(b1_at(new, e, F, E), tl.load(b1_at(W, e, F, E)) - tl.sum(G1, 0)[None, :])
+            tl.store(W2_at(new, e, F, E), W2 - tile_dot(X2.T, G, PRECISION))
+        tl.store(b2_at(new, F, E), tl.load(b2_at(W, F, E)) - tl.sum(G, 0)[None, :])
+    tl.debug_barrier()
+
+
+@jit
+def copy_state(source, target, size: tl.constexpr):
+    for first in range(0, size, 1024):
+        place = first + tl.arange(0, 1024)
+        tl.store(target + place, tl.load(source + place, mask=place < size), mask=place < size)
+    tl.debug_barrier()
+
+
+@jit
+def scan_kernel(state, q, k, v, eta, gamma, beta, out, kept, H, L, eps, every,
+                q_strides, k_strides, v_strides, eta_strides, out_strides,
+                F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr):
+    """PrimalScan.forward of one (batch, head). `state` goes from the first to the last. KEEP: as it is before mini-batches 0, every,
+    2 every ... it is copied to `kept`."""
+    size: tl.constexpr = 2 * E * F + E + F if E > F else F * F + F
+    program = tl.program_id(0).to(tl.int64)
+    batch, head = program // H, program % H
+    gamma = tl.load(gamma + head * F + tl.arange(0, F))[None, :]
+    beta = tl.load(beta + head * F + tl.arange(0, F))[None, :]
+    steps = tl.cdiv(L, b)
+    kept += program * tl.cdiv(steps, every) * size
+    state += program * size
+    t = 0
+    while t < steps:
+        if KEEP:
+            if t % every == 0:
+                copy_state(state, kept + (t // every).to(tl.int64) * size, size)
+        token = t * b + tl.arange(0, b)
+        k_t = load_tokens(k, k_strides, batch, head, token, L, F)
+        v_t = load_tokens(v, v_strides, batch, head, token, L, F)
+        learn(state, state, k_t, v_t, load_eta(eta, eta_strides, batch, head, token, L), gamma, beta, eps, F, E, PRECISION)
+        q_t = load_tokens(q, q_strides, batch, head, token, L, F)
+        xh, _ = tile_normalise(model(state, q_t, F, E, PRECISION), eps)
+        z = q_t + gamma * xh + beta
+        tl.store(tokens_at(out, out_strides, batch, head, token, F), z.to(out.dtype.element_ty), mask=token[:, None] < L)
+        t += 1
+
+
+@jit
+def add(pointers, x):
+    tl.store(pointers, tl.load(pointers) + x)
+
+
+@jit
+def tile_backward_of_read(dout, W, dW, q, gamma, eps, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+    """backward_of_read: dq [b, F], and what falls on gamma [1, F]; what falls on W is added to dW."""
+    xh, r = tile_normalise(model(W, q, F, E, PRECISION), eps)
+    dZ = tile_J(dout * gamma, xh, r)
+    dq = dout
+    if E == F:
+        add(W1_at(dW, 0, F, E), tile_dot(q.T, dZ, PRECISION))
+        add(b1_at(dW, 0, F, E), tl.sum(dZ, 0)[None, :])
+        dq += tile_dot(dZ, tl.load(W1_at(W, 0, F, E)).T, PRECISION)
+    else:
+        add(b2_at(dW, F, E), tl.sum(dZ, 0)[None, :])
+        for e in tl.range(E // F, disable_licm=True):
+            X2, slope, _ = hidden(W, e, q, F, E, PRECISION)
+            add(W2_at(dW, e, F, E), tile_dot(X2.T, dZ, PRECISION))
+            dZ1 = tile_dot(dZ, tl.load(W2_at(W, e, F, E)).T, PRECISION) * slope
+            add(W1_at(dW, e, F, E), tile_dot(q.T, dZ1, PRECISION))
+            add(b1_at(dW, e, F, E), tl.sum(dZ1, 0)[None, :])
+            dq += tile_dot(dZ1, tl.load(W1_at(W, e, F, E)).T, PRECISION)
+    tl.debug_barrier()
+    return dq, tl.sum(dout * xh, 0)[None, :]
+
+
+@jit
+def tile_backward_of_step(W, dW, spare, k, v, eta, gamma, beta, eps,
+                          F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+    """backward_of_step: dk, dv [b, F], deta [b], and what falls on gamma [1, F]; `spare` is room for [4, b, F]."""
+    xh, r = tile_normalise(model(W, k, F, E, PRECISION), eps)
+    error = gamma * xh + beta - (v - k)
+    p = gamma * error
+    L = tile_J(p, xh, r)
+    G = eta * L
+    # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
+    if E == F:
+        dW1 = tl.load(W1_at(dW, 0, F, E))
+        dG = -tile_dot(k, dW1, PRECISION) - tl.load(b1_at(dW, 0, F, E))
+        dk = -tile_dot(G, dW1.T, PRECISION)
+    else:
+        dG = tl.zeros_like(k) - tl.load(b2_at(dW, F, E))
+        dk = tl.zeros_like(k)
+        rows = spare + tl.arange(0, b)[:, None] * F + tl.arange(0, F)[None, :]
+        for e in tl.range(E // F, disable_licm=True):
+            X2, slope, bend = hidden(W, e, k, F, E, PRECISION)
+            dW2 = tl.load(W2_at(dW, e, F, E))
+            dG -= tile_dot(X2, dW2, PRECISION)
+            dX2 = -tile_dot(G, dW2.T, PRECISION)
+            W2, dW1 = tl.load(W2_at(W, e, F, E)), tl.load(W1_at(dW, e, F, E))
+            M = tile_dot(G, W2.T, PRECISION)
+            dk -= tile_dot(M * slope, dW1.T, PRECISION)
+            dG1 = -tile_dot(k, dW1, PRECISION) - tl.load(b1_at(dW, e, F, E))
+            # dZ1, but for what comes through dZ and is not known yet.
+            tl.store(rows + e * b * F, dG1 * M * bend + dX2 * slope)
+            dM = dG1 * slope
+            dG += tile_dot(dM, W2, PRECISION)
+            tl.store(W2_at(dW, e, F, E), dW2 + tile_dot(dM.T, G, PRECISION))
+        tl.debug_barrier()
+    # Through G = eta L with L = J[p].
+    deta = tl.sum(dG * L, 1)
+    U = eta * dG
+    w = tile_J(U, xh, r)
+    dv = -gamma * w
+    dgamma = tl.sum(w * (error + gamma * xh), 0)[None, :]
+    dZ = tile_J(-gamma * dv, xh, r) - r * (w * tile_mean(p * xh) + L * tile_mean(U * xh) + xh * tile_mean(U * L))
+    # Through the first forward pass, Z = f(k; W).
+    dk -= dv
+    if E == F:
+        add(W1_at(dW, 0, F, E), tile_dot(k.T, dZ, PRECISION))
+        add(b1_at(dW, 0, F, E), tl.sum(dZ, 0)[None, :])
+        dk += tile_dot(dZ, tl.load(W1_at(W, 0, F, E)).T, PRECISION)
+    else:
+        add(b2_at(dW, F, E), tl.sum(dZ, 0)[None, :])
+        for e in tl.range(E // F, disable_licm=True):
+            X2, slope, _ = hidden(W, e, k, F, E, PRECISION)
+            add(W2_at(dW, e, F, E), tile_dot(X2.T, dZ, PRECISION))
+            dZ1 = tl.load(rows + e * b * F) + tile_dot(dZ, tl.load(W2_at(W, e, F, E)).T, PRECISION) * slope
+            add(W1_at(dW, e, F, E), tile_dot(k.T, dZ1, PRECISION))
+            add(b1_at(dW, e, F, E), tl.sum(dZ1, 0)[None, :])
+            dk += tile_dot(dZ1, tl.load(W1_at(W, e, F, E)).T, PRECISION)
+    tl.debug_barrier()
+    return dk, dv, deta, dgamma
+
+
+@jit
+def scan_backward_kernel(dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta, dgamma, dbeta, dstate, scratch, H, L, eps, every,
+                         dout_strides, q_strides, k_strides, v_strides, eta_strides, dq_strides, dk_strides, dv_strides, deta_strides,
+                         F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+    """PrimalScan.backward of one (batch, head). dstate comes in as the gradient on the last state and leaves as that on the first."""
+    size: tl.constexpr = 2 * E * F + E + F if E > F else F * F + F
+    program = tl.program_id(0).to(tl.int64)
+    batch, head = program // H, program % H
+    gamma = tl.load(gamma + head * F + tl.arange(0, F))[None, :]
+    beta = tl.load(beta + head * F + tl.arange(0, F))[None, :]
+    steps = tl.cdiv(L, b)
+    groups = tl.cdiv(steps, every)
+    kept += program * groups * size
+    dstate += program * size
+    states = scratch + program * ((every + 1) * size + E * b)
+    spare = states + (every + 1) * size
+    sum_gamma, sum_beta = tl.zeros_like(gamma), tl.zeros_like(gamma)
+    group = groups - 1
+    while group >= 0:
+        count = tl.minimum(every, steps - group * every)
+        copy_state(kept + group.to(tl.int64) * size, states, size)
+        i = 0
+        while i < count:                                      # replay
+            token = (group * every + i) * b + tl.arange(0, b)
+            k_t = load_tokens(k, k_strides, batch, head, token, L, F)
+            v_t = load_tokens(v, v_strides, batch, head, token, L, F)
+            eta_t = load_eta(eta, eta_strides, batch, head, token, L)
+            learn(states + i * size, states + (i + 1) * size, k_t, v_t, eta_t, gamma, beta, eps, F, E, PRECISION)
+            i += 1
+        while i > 0:                                          # and walk back
+            i -= 1
+            token = (group * every + i) * b + tl.arange(0, b)
+            inside = token[:, None] < L
+            dout_t = load_tokens(dout, dout_strides, batch, head, token, L, F)
+            q_t = load_tokens(q, q_strides, batch, head, token, L, F)
+            dq_t, more = tile_backward_of_read(dout_t, states + (i + 1) * size, dstate, q_t, gamma, eps, F, E, PRECISION)
+            tl.store(tokens_at(dq, dq_strides, batch, head, token, F), dq_t.to(dq.dtype.element_ty), mask=inside)
+            sum_gamma += more
+            sum_beta += tl.sum(dout_t, 0)[None, :]            # beta stands beside every output and every -(v - k)
+            k_t = load_tokens(k, k_strides, batch, head, token, L, F)
+            v_t = load_tokens(v, v_strides, batch, head, token, L, F)
+            eta_t = load_eta(eta, eta_strides, batch, head, token, L)
+            dk_t, dv_t, deta_t, more = tile_backward_of_step(states + i * size, dstate, spare, k_t, v_t, eta_t, gamma, beta, eps, F, E, b, PRECISION)
+            tl.store(tokens_at(dk, dk_strides, batch, head, token, F), dk_t.to(dk.dtype.element_ty), mask=inside)
+            tl.store(tokens_at(dv, dv_strides, batch, head, token, F), dv_t.to(dv.dtype.element_ty), mask=inside)
+            tl.store(eta_at(deta, deta_strides, batch, head, token), deta_t.to(deta.dtype.element_ty), mask=token < L)
+            sum_gamma += more
+            sum_beta -= tl.sum(dv_t, 0)[None, :]
+        group -= 1
+    tl.store(dgamma + program * F + tl.arange(0, F)[None, :], sum_gamma)
+    tl.store(dbeta + program * F + tl.arange(0, F)[None, :], sum_beta)
+
+
+def launch_options(F, E):
+    """Eight warps for TTT-MLP at F 64. One stage: Triton would fetch tiles of the state ahead, before the step that changes them has stored them."""
+    return dict(num_warps=8 if E > F and F == 64 else 4, num_stages=1)
+
+
+@torch.library.custom_op("ttt_minute::scan", mutates_args=())
+def scan_op(state: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor,
+            b: int, E: int, eps: float, every: int, keep: bool, precision: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One launch. state [B, H, size] fp32, q, k, v [B, H, L, F], eta [B, H, L], gamma, beta [H, F] fp32 -> out, last state, states kept."""
+    out, last, kept = scan_shapes(state, q, k, v, eta, gamma, beta, b, E, eps, every, keep, precision)
+    last.copy_(state)
+    B, H, L, F = q.shape
+    with torch.cuda.device_of(q):
+        scan_kernel[(B * H,)](last, q, k, v, eta, gamma, beta, out, kept, H, L, eps, every,
+                              q.stride(), k.stride(), v.stride(), eta.stride(), out.stride(),
+                              F=F, E=E, b=b, KEEP=keep, PRECISION=precision, **launch_options(F, E))
+    return out, last, kept
+
+
+@scan_op.register_fake
+def scan_shapes(state, q, k, v, eta, gamma, beta, b, E, eps, every, keep, precision):
+    groups = -(-(-(-q.shape[2] // b)) // every) if keep else 0
+    return torch.empty_like(q), state.new_empty(state.shape), state.new_empty(*state.shape[:2], groups, state.shape[2])
+
+
+@torch.library.custom_op("ttt_minute::scan_backward", mutates_args=())
+def scan_backward_op(dout: torch.Tensor, dlast: torch.Tensor, kept: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor,
+                     gamma: torch.Tensor, beta: torch.Tensor, b: int, E: int, eps: float, every: int, precision: str) -> list[torch.Tensor]:
+    """One launch -> dstate, dq, dk, dv, deta, dgamma, dbeta, the last two [B, H, F]."""
+    gradients = scan_backward_shapes(dout, dlast, kept, q, k, v, eta, gamma, beta, b, E, eps, every, precision)
+    dstate, dq, dk, dv, deta, dgamma, dbeta = gradients
+    dstate.copy_(dlast)
+    B, H, L, F = q.shape
+    scratch = dstate.new_empty(B * H, (every + 1) * dstate.shape[-1] + b * E)
+    with torch.cuda.device_of(q):
+        scan_backward_kernel[(B * H,)](dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta, dgamma, dbeta, dstate, scratch, H, L, eps, every,
+                                       dout.stride(), q.stride(), k.stride(), v.stride(), eta.stride(), dq.stride(), dk.stride(), dv.stride(), deta.stride(),
+                                       F=F, E=E, b=b, PRECISION=precision, **launch_options(F, E))
+    return gradients
+
+
+@scan_backward_op.register_fake
+def scan_backward_shapes(dout, dlast, kept, q, k, v, eta, gamma, beta, b, E, eps, every, precision):
+    partial = dlast.new_empty(*q.shape[:2], q.shape[3])
+    return [dlast.new_empty(dlast.shape), *(torch.empty_like(x) for x in (q, k, v, eta)), partial, torch.empty_like(partial)]
+
+
+def keep_for_backward(ctx, inputs, output):
+    _, *tensors, ctx.b, ctx.E, ctx.eps, ctx.every, _, ctx.precision = inputs
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def scan_op_backward(ctx, dout, dlast, _):
+    dstate, dq, dk, dv, deta, dgamma, dbeta = scan_backward_op(dout, dlast, *ctx.saved_tensors, ctx.b, ctx.E, ctx.eps, ctx.every, ctx.precision)
+    return dstate, dq, dk, dv, deta, dgamma.sum(0), dbeta.sum(0), None, None, None, None, None, None
+
+
+scan_op.register_autograd(scan_op_backward, setup_context=keep_for_backward)
+
+
+def scan_in_triton(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, precision):
+    """ttt_scan with "triton": the weights become one state, and what autograd and the compiler see is one operation."""
+    B, H, L, width = q.shape
+    E = width if kind == "linear" else 4 * width
+    state = torch.cat([w.float().expand(B, *e).flatten(2) for w, e in zip(weights, expected)], dim=-1)       # [B, H, size]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, q, k, v, eta, ln_gamma, ln_beta))
+    every = min(checkpoint, -(-L // mini_batch))
+    out, last, _ = scan_op(state, q, k, v, eta, ln_gamma.float().contiguous(), ln_beta.float().contiguous(),
+                           mini_batch, E, eps, every, keep, precision)
+    last = last.split([math.prod(e[1:]) for e in expected], dim=-1)
+    return out, tuple(w.reshape(B, *e) for w, e in zip(last, expected))
+
+
+# Which backend takes a scan. A kernel states in one sentence why it cannot, or returns None; the first of KERNELS that can is the fastest.
+
+OLDEST_TRITON, OLDEST_CHIP = (3, 6), (8, 0)
+
+
+def triton_cannot(kind, width, mini_batch, dtype, precision, device):
+    """Why "triton" cannot take a scan, or None."""
+    if triton is None:
+        return "needs the package triton, which has no wheel for this system (Linux has one: pip install triton)"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, not {triton.__version__}"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        return f"takes float32, bfloat16 and float16, not {dtype}"
+    if width not in (32, 64) or mini_batch not in (16, 32, 64):
+        return f"takes heads of 32 or 64 and mini-batches of 16, 32 or 64 tokens, not {width} and {mini_batch}"
+    if EMULATED:
+        return None
+    if torch.device(device).type != "cuda" or torch.version.hip:
+        return f"runs on NVIDIA GPUs, not on {torch.device(device).type} (on a CPU only in Triton's interpreter: TRITON_INTERPRET=1)"
+    chip = torch.cuda.get_device_capability(device)
+    if chip < OLDEST_CHIP:
+        return f"needs a GPU of compute capability 8.0 (Ampere) or newer, not {chip[0]}.{chip[1]}"
+    return None
+
+
+KERNELS = {"triton": triton_cannot}
+
+
+def backends():
+    return ["auto", *KERNELS, *SCAN_BACKENDS]
+
+
+def operand_precision(dtype, device):
+    """What operands of products are rounded to: as torch does, the inputs' dtype, under autocast autocast's, tf32 for fp32 where torch may use it."""
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if dtype == torch.float32:
+        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(asked, kind, width, mini_batch, dtype, precision, device):
+    """The backend to take. One asked for by name must fit; "auto" says once on stderr what it took and why not something faster."""
+    if asked not in backends():
+        raise ValueError(f'ttt_scan: no backend "{asked}"; there are {", ".join(backends())}')
+    if asked in KERNELS:
+        reason = KERNELS[asked](kind, width, mini_batch, dtype, precision, device)
+        if reason:
+            raise ValueError(f'ttt_scan: backend "{asked}" {reason}; "torch" takes everything')
+    if asked != "auto":
+        return asked
+    if torch.device(device).type == "cpu":
+        return "torch"
+    chosen, reasons = "torch", []
+    for name, cannot in KERNELS.items():
+        reason = cannot(kind, width, mini_batch, dtype, precision, device) or self_check(name, kind, width, mini_batch, precision, device)
+        if not reason:
+            chosen = name
+            break
+        reasons.append(f'"{name}" {reason}')
+    say_once(f'ttt_scan: backend "{chosen}"' + "".join(f"; {reason}" for reason in reasons))
+    return chosen
+
+
+@functools.cache
+def say_once(line):
+    print(line, file=sys.stderr)
+
+
+TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}      # of a self-check, relative in norm
+
+
+@functools.cache
+def self_check(name, kind, width, mini_batch, precision, device):
+    """Run a small scan and its gradients with a kernel and with "torch" in fp32 on this very GPU: None, or why the kernel is not to be trusted."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, std=1.0):
+        return (std * torch.randn(*shape, generator=generator)).to(device)
+
+    E, L = width if kind == "linear" else 4 * width, 2 * mini_batch + 5
+    expected = [(2, width, E), (2, E), (2, E, width), (2, width)][:2 if kind == "linear" else 4]
+    inputs = [normal(*shape, std=0.1) for shape in expected] + [F.normalize(normal(1, 2, L, width), dim=-1) for _ in "qk"]
+    inputs += [normal(1, 2, L, width), normal(1, 2, L).sigmoid() / mini_batch, 1 + normal(2, width, std=0.1), normal(2, width, std=0.1)]
+    weights, directions = len(expected), [normal(1, 2, L, width), *(normal(1, *shape) for shape in expected)]
+    names = ["out", *["last W1", "last b1", "last W2", "last b2"][:weights],
+             *["dW1", "db1", "dW2", "db2"][:weights], "dq", "dk", "dv", "deta", "dln_gamma", "dln_beta"]
+    results = []
+    for backend in "torch", name:
+        scan, how = (scan_in_torch, "torch") if backend == "torch" else (KERNEL_SCANS[name], precision)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        try:
+            with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+                out, last = scan(kind, leaves[:weights], expected, *leaves[weights:], mini_batch, 1e-8, 2, how)
+                loss = sum((y * direction).sum() for y, direction in zip((out, *last), directions))
+                results.append([out, *last, *torch.autograd.grad(loss, leaves)])
+        except Exception as error:                            # whatever a compiler or a driver may say
+            return f"failed its self-check ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+    for label, wanted, got in zip(names, *results):
+        difference = ((got - wanted).norm() / wanted.norm()).item()
+        if not difference <= TOLERANCE[precision]:
+            return f"failed its self-check ({label} is off by {difference:.2g}, more than {TOLERANCE[precision]:g})"
+    return None
+
+
+KERNEL_SCANS = {"triton": scan_in_triton}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2141,7 +2671,7 @@ def add_device_flags(parser):
 def add_config_flags(parser):
     group = parser.add_argument_group("every field of Config is a flag too; the preset's value stands unless given")
     for field in dataclasses.fields(Config):
-        choices = {"preset": list(PRESETS), "layer": list(LAYERS), "backend": ["auto", *SCAN_BACKENDS]}.get(field.name)
+        choices = {"preset": list(PRESETS), "layer": list(LAYERS), "backend": backends()}.get(field.name)
         kind = type(field.default)
         if kind is bool:
             group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=f"pocket: {field.default}")
