@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -2039,6 +2041,267 @@ def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_
     assert list(json.loads((trained / "comparison-9s/comparison.json").read_text())) == ["ttt_mlp"]
     assert (trained / "comparison-9s/comparison.png").exists()
     assert run(sample, "--stage", "9s", "--out_dir", trained / "nowhere", "--compare", "--layers", "swa") == 2
+
+
+# ----------------------------------------------------------------------------------------------------
+# Kernels (section 3.5). Every check takes the backend: output, last state and every gradient by name, against float64.
+# ----------------------------------------------------------------------------------------------------
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Runs functions of this file in a process where Triton interprets its kernels on the CPU; they learn of it as they are defined."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result()
+    yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+    pool.shutdown()
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds the operands of matrix products, as a path in `dtype` with sums and state in fp32 does."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        first = {torch.ops.aten.baddbmm.default: 1, torch.ops.aten.baddbmm_.default: 1, torch.ops.aten.bmm.default: 0}.get(op, len(args))
+        rounded = [x.to(self.dtype).to(x.dtype) for x in args[first:]]
+        return op(*args[:first], *rounded, **(kwargs or {}))
+
+
+def kernel_inputs(kind, dtype, width, mini_batch, L, B, H, device):
+    """Inputs already rounded to dtype, so that float64 sees the same numbers; q as the layer hands it over, [B, L, H, F] in memory."""
+    weights, inputs = scan_inputs(kind, B=B, H=H, L=L, width=width, std=0.1, eta=1 / mini_batch)
+    tokens = [x.to(dtype).to(device) for x in inputs[:4]]
+    tokens[0] = tokens[0].transpose(1, 2).contiguous().transpose(1, 2)
+    return [w.float().to(device) for w in weights], [*tokens, *(x.float().to(device) for x in inputs[4:])]
+
+
+def kernel_errors(backend, kind, dtype, width, mini_batch, L, checkpoint, B=1, H=2, device="cpu"):
+    """Relative error of a kernel, and of the torch path with operands of the same precision, by name."""
+    weights, inputs = kernel_inputs(kind, dtype, width, mini_batch, L, B, H, device)
+    truth = scan_gradients(kind, [w.double() for w in weights], [x.double() for x in inputs], "torch", mini_batch, checkpoint)
+    ours = scan_gradients(kind, weights, inputs, backend, mini_batch, checkpoint)
+    with RoundedProducts(dtype):
+        torchs = scan_gradients(kind, weights, inputs, "torch", mini_batch, checkpoint)
+    return {name: (relative(ours[name].double(), value), relative(torchs[name].double(), value)) for name, value in truth.items()}
+
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 4e-2}          # the interpreter cuts bf16 off instead of rounding it
+
+
+def check_kernel(interpreter, *case, **sizes):
+    for name, (error, _) in interpreter(kernel_errors, "triton", *case, **sizes).items():
+        assert error < TOLERANCE[case[1]], (name, error)
+
+
+@pytest.mark.parametrize("kind, dtype, width, mini_batch, L, checkpoint, B", [
+    ("linear", torch.float32, 32, 16, 37, 1, 2), ("linear", torch.float32, 64, 64, 1, 16, 1), ("linear", torch.bfloat16, 64, 32, 70, 3, 1),
+    ("linear", torch.float16, 32, 64, 70, 16, 1), ("mlp", torch.float32, 32, 16, 37, 3, 2), ("mlp", torch.float32, 32, 16, 55, 2, 1),
+    ("mlp", torch.float32, 64, 64, 70, 1, 1), ("mlp", torch.bfloat16, 64, 16, 20, 16, 1), ("mlp", torch.float16, 32, 32, 70, 1, 1)])
+def test_the_triton_kernels_agree_with_float64(interpreter, kind, dtype, width, mini_batch, L, checkpoint, B):
+    check_kernel(interpreter, kind, dtype, width, mini_batch, L, checkpoint, B=B)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("mini_batch", [16, 32, 64])
+@pytest.mark.parametrize("checkpoint", [1, 3, 16])
+@pytest.mark.parametrize("marked", [pytest.param("", marks=SLOW)])
+def test_the_triton_kernels_agree_with_float64_everywhere(interpreter, kind, dtype, width, mini_batch, checkpoint, marked):
+    check_kernel(interpreter, kind, dtype, width, mini_batch, 4 * mini_batch + 5, checkpoint, B=2)
+
+
+def test_in_half_precision_the_triton_kernels_err_no_more_than_twice_the_torch_path(interpreter):
+    for kind in "linear", "mlp":
+        for name, (error, torchs) in interpreter(kernel_errors, "triton", kind, torch.float16, 32, 16, 50, 2).items():
+            assert error < 2 * torchs + 1e-5, (kind, name)
+
+
+def in_pieces():
+    """Gradients through out alone and through the last state alone, weights with a batch axis, and a scan without gradients."""
+    weights, inputs = kernel_inputs("mlp", torch.float32, 32, 16, 40, 2, 2, "cpu")
+    weights = [torch.stack([w, 2 * w]) for w in weights]
+    worst = 0.0
+    for which in 0, 1:
+        gradients = []
+        for backend in "torch", "triton":
+            leaves = [x.clone().requires_grad_() for x in (*weights, *inputs)]
+            out, last = ttt_scan("mlp", leaves[:4], *leaves[4:], 16, backend=backend, checkpoint=2)
+            loss = out.square().sum() if which == 0 else sum(w.square().sum() for w in last)
+            gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        worst = max([worst, *(((a - b).norm() / b.norm().clamp_min(1e-6)).item() for a, b in zip(gradients[1], gradients[0]))])
+    with torch.no_grad():
+        results = [ttt_scan("mlp", weights, *inputs, 16, backend=backend) for backend in ("torch", "triton")]
+    return max([worst, *(relative(a, b) for a, b in zip((results[1][0], *results[1][1]), (results[0][0], *results[0][1])))])
+
+
+def test_triton_gradients_flow_through_either_result_and_weights_may_differ_by_video(interpreter):
+    assert interpreter(in_pieces) < 1e-5
+
+
+def one_operation():
+    """opcheck, one graph without breaks, and activation checkpointing around the scan."""
+    weights, inputs = kernel_inputs("linear", torch.float32, 32, 16, 20, 1, 2, "cpu")
+    state = torch.cat([w[None].flatten(2) for w in weights], dim=-1).requires_grad_()
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    torch.library.opcheck(ttt_minute.scan_op, (state, *leaves, 16, 32, 1e-8, 2, True, "fp32"))
+    gradients = []
+
+    def scan(*tensors):
+        return ttt_scan("linear", tensors[:2], *tensors[2:], 16, backend="triton")[0].square().sum()
+
+    for run_it in scan, torch.compile(scan, fullgraph=True, backend="aot_eager"), functools.partial(torch.utils.checkpoint.checkpoint, scan, use_reentrant=False):
+        leaves = [x.clone().requires_grad_() for x in (*weights, *inputs)]
+        gradients.append(torch.autograd.grad(run_it(*leaves), leaves))
+    return [all(torch.equal(a, b) for a, b in zip(gradients[0], other)) for other in gradients[1:]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_to_the_compiler_and_to_checkpointing_the_scan_is_one_operation(interpreter):
+    assert interpreter(one_operation) == [True, True]
+
+
+def compiled(kernel, chip, kind, width, mini_batch, precision):
+    """Compile a kernel for a chip that need not be here: registers and spilled bytes of a thread, shared memory in KB."""
+    triton = pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    function, E = getattr(ttt_minute, kernel), width if kind == "linear" else 4 * width
+    constants = dict(F=width, E=E, b=mini_batch, KEEP=True, PRECISION=precision)
+    tokens = {"bf16": "*bf16", "fp16": "*fp16"}.get(precision, "*fp32")
+    signature, values, aligned = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name.endswith("_strides"):
+            signature[name] = ("i64",) * 3 if "eta" in name else ("i64", "i64", "i64", "constexpr")
+            values |= {} if "eta" in name else {(i, 3): 1}
+            aligned |= {} if "eta" in name else {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        elif name in constants:
+            signature[name], values[i,] = "constexpr", constants[name]
+        elif name in ("H", "L", "every", "eps"):
+            signature[name] = "fp32" if name == "eps" else "i32"
+        else:
+            signature[name], aligned[i,] = tokens if name in "q k v out dout dq dk dv".split() else "*fp32", [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(function, signature, values, aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", chip, 32)
+    result = triton.compile(source, target=target, options=ttt_minute.launch_options(width, E, (chip // 10, chip % 10)))
+    ptxas = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{chip}{'a' if chip == 90 else ''}", "-o", "/dev/null", "-"],
+                           input=result.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", ptxas), re.search(r"(\d+) bytes spill stores", ptxas)
+    return int(registers[1]), int(spilled[1]), result.metadata.shared / 1024
+
+
+SHARED = {80: 163, 89: 99, 90: 227}                           # KB a program may have
+SPILLED = {("scan_kernel", "linear"): 0, ("scan_kernel", "mlp"): 700, ("scan_backward_kernel", "linear"): 2000, ("scan_backward_kernel", "mlp"): 5000}
+
+
+def check_compiled(kernel, chip, kind, width, mini_batch, precision):
+    registers, spilled, shared = compiled(kernel, chip, kind, width, mini_batch, precision)
+    print(f"{kernel}, sm_{chip}, TTT-{kind}, F {width}, b {mini_batch}, {precision}: {registers} registers, {spilled} bytes spilled, {shared:.0f} KB shared")
+    assert spilled <= SPILLED[kernel, kind] and shared <= SHARED[chip]
+
+
+@pytest.mark.parametrize("kernel, chip, kind", [("scan_kernel", 80, "mlp"), ("scan_kernel", 89, "mlp"), ("scan_kernel", 90, "mlp"), ("scan_kernel", 89, "linear"),
+                                                ("scan_backward_kernel", 90, "linear"), ("scan_backward_kernel", 90, "mlp")])
+def test_the_triton_kernels_compile_within_a_chips_registers_and_shared_memory(kernel, chip, kind):
+    check_compiled(kernel, chip, kind, 64, 64, "bf16")
+
+
+@pytest.mark.parametrize("kernel", ["scan_kernel", "scan_backward_kernel"])
+@pytest.mark.parametrize("chip", list(SHARED))
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("width, mini_batch, precision", [(64, 64, "bf16"), (64, 64, "fp16"), (64, 64, "tf32"), (64, 16, "bf16"), (32, 64, "bf16"), (32, 16, "bf16")])
+@pytest.mark.parametrize("marked", [pytest.param("", marks=SLOW)])
+def test_the_triton_kernels_compile_everywhere(kernel, chip, kind, width, mini_batch, precision, marked):
+    check_compiled(kernel, chip, kind, width, mini_batch, precision)
+
+
+CPU_CASE = ("mlp", 64, 64, "float32", "fp32", "cpu")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({}, "runs on NVIDIA GPUs, not on cpu.*TRITON_INTERPRET=1"), ({1: 48}, "heads of 32 or 64 .* not 48 and 64"), ({2: 8}, "16, 32 or 64 tokens, not 64 and 8"),
+    ({3: "float64"}, "float32, bfloat16 and float16, not float64"), ({5: "mps"}, "not on mps")])
+def test_what_triton_cannot_take_is_one_sentence(change, message):
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    case = [change.get(i, value) for i, value in enumerate(CPU_CASE)]
+    with pytest.raises(ValueError, match=message) as error:
+        ttt_minute.choose_backend("triton", *case)
+    assert "\n" not in str(error.value) and '"torch" takes everything' in str(error.value)
+
+
+def test_a_machine_without_triton_or_with_an_old_one_or_an_old_gpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    on_gpu = [*CPU_CASE[:5], "cuda:0"]
+    if ttt_minute.triton:
+        assert "8.0 (Ampere) or newer, not 7.5" in ttt_minute.triton_cannot(*on_gpu)
+        monkeypatch.setattr(ttt_minute.triton, "__version__", "3.1.0")
+        assert "3.6 or newer, not 3.1.0" in ttt_minute.triton_cannot(*on_gpu)
+    monkeypatch.setattr(ttt_minute, "triton", None)
+    assert "no wheel for this system" in ttt_minute.triton_cannot(*on_gpu)
+
+
+def test_auto_takes_torch_on_a_cpu_without_a_word_and_on_a_gpu_says_once_what_it_took(monkeypatch, capsys):
+    assert ttt_minute.choose_backend("auto", *CPU_CASE) == "torch" and capsys.readouterr().err == ""
+    on_gpu = [*CPU_CASE[:5], "cuda:0"]
+    for reason, check, chosen, said in [(None, None, "triton", 'backend "triton"\n'), ("is busy", None, "torch", 'backend "torch"; "triton" is busy\n'),
+                                        (None, "failed its self-check (dq)", "torch", 'backend "torch"; "triton" failed its self-check (dq)\n')]:
+        monkeypatch.setattr(ttt_minute, "KERNELS", {"triton": lambda *case: reason})
+        monkeypatch.setattr(ttt_minute, "self_check", lambda *case: check)
+        ttt_minute.say_once.cache_clear()
+        assert [ttt_minute.choose_backend("auto", *on_gpu) for _ in "ab"] == [chosen, chosen]
+        assert capsys.readouterr().err == f"ttt_scan: {said}"
+
+
+def self_checks():
+    """What the self-check says of the kernels, of kernels that are wrong in one result, and of kernels that do not compile."""
+    case, right = ("mlp", 32, 16, "fp32", "cpu"), ttt_minute.KERNEL_SCANS["triton"]
+
+    def one_gradient_wrong(kind, weights, expected, q, k, v, eta, *rest):
+        return right(kind, weights, expected, q, k, v, eta + 0.02 * (eta - eta.detach()), *rest)
+
+    def does_not_compile(*args):
+        raise RuntimeError("out of shared memory\nand more")
+
+    answers = [ttt_minute.self_check("triton", *case)]
+    for scan in one_gradient_wrong, does_not_compile:
+        ttt_minute.KERNEL_SCANS["triton"] = scan
+        ttt_minute.self_check.cache_clear()
+        answers.append(ttt_minute.self_check("triton", *case))
+    ttt_minute.KERNEL_SCANS["triton"] = right
+    return answers
+
+
+def test_auto_trusts_a_kernel_only_after_it_agreed_with_torch_on_this_machine(interpreter):
+    right, wrong, broken = interpreter(self_checks)
+    assert right is None and "deta is off by 0.02, more than 0.001" in wrong and "RuntimeError: out of shared memory)" in broken
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=gpu)])
+def test_on_a_gpu_a_kernel_errs_no_more_than_twice_the_torch_path(backend, dtype, kind):
+    for width, mini_batch, L, checkpoint in (64, 64, 1000, 16), (64, 16, 333, 3), (32, 32, 100, 1):
+        for name, (error, torchs) in kernel_errors(backend, kind, dtype, width, mini_batch, L, checkpoint, B=2, H=3, device="cuda").items():
+            assert error < 2 * torchs + 1e-5, (width, mini_batch, name)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=gpu)])
+def test_on_a_gpu_a_kernel_does_not_drift_over_ten_thousand_mini_batches(backend, kind):
+    weights, inputs = kernel_inputs(kind, torch.bfloat16, 64, 64, 640_000, 1, 1, "cuda")
+    with torch.no_grad():
+        out, last = ttt_scan(kind, weights, *inputs, 64, backend=backend)
+        truth, true_last = ttt_scan(kind, [w.double() for w in weights], *(x.double() for x in inputs), 64, backend="torch")
+    errors = [relative(a.double(), b) for a, b in zip(out.chunk(10, dim=2), truth.chunk(10, dim=2))]
+    assert max(errors) < 2 * errors[0]
+    for before, after, true in zip(weights, last, true_last):
+        assert relative(after - before, true - before) < 2e-2
 
 
 # ----------------------------------------------------------------------------------------------------

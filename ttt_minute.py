@@ -1018,9 +1018,14 @@ def scan_backward_kernel(dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta
     tl.store(dbeta + program * F + tl.arange(0, F)[None, :], sum_beta)
 
 
-def launch_options(F, E):
-    """Eight warps for TTT-MLP at F 64. One stage: Triton would fetch tiles of the state ahead, before the step that changes them has stored them."""
-    return dict(num_warps=8 if E > F and F == 64 else 4, num_stages=1)
+def launch_options(F, E, chip):
+    """Four warps own 16 of 64 tokens each; only Hopper's wgmma knows what to do with eight. One stage, or Triton might fetch a tile of the state
+    before the step that changes it has stored it."""
+    return dict(num_warps=8 if chip[0] == 9 and (F, E) == (64, 256) else 4, num_stages=1)
+
+
+def chip_of(x):
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)        # the interpreter has none
 
 
 @torch.library.custom_op("ttt_minute::scan", mutates_args=())
@@ -1033,7 +1038,7 @@ def scan_op(state: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     with torch.cuda.device_of(q):
         scan_kernel[(B * H,)](last, q, k, v, eta, gamma, beta, out, kept, H, L, eps, every,
                               q.stride(), k.stride(), v.stride(), eta.stride(), out.stride(),
-                              F=F, E=E, b=b, KEEP=keep, PRECISION=precision, **launch_options(F, E))
+                              F=F, E=E, b=b, KEEP=keep, PRECISION=precision, **launch_options(F, E, chip_of(q)))
     return out, last, kept
 
 
@@ -1055,7 +1060,7 @@ def scan_backward_op(dout: torch.Tensor, dlast: torch.Tensor, kept: torch.Tensor
     with torch.cuda.device_of(q):
         scan_backward_kernel[(B * H,)](dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta, dgamma, dbeta, dstate, scratch, H, L, eps, every,
                                        dout.stride(), q.stride(), k.stride(), v.stride(), eta.stride(), dq.stride(), dk.stride(), dv.stride(), deta.stride(),
-                                       F=F, E=E, b=b, PRECISION=precision, **launch_options(F, E))
+                                       F=F, E=E, b=b, PRECISION=precision, **launch_options(F, E, chip_of(q)))
     return gradients
 
 
