@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -235,10 +236,10 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-def scan_and_back(kind, weights, inputs, backend, mini_batch):
+def scan_and_back(kind, weights, inputs, backend, mini_batch, checkpoint=4):
     """Forward and backward, as training does it."""
     leaves = [x.detach().requires_grad_() for x in (*weights, *inputs)]
-    out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], mini_batch, backend=backend, checkpoint=4)
+    out, _ = ttt_scan(kind, leaves[:len(weights)], *leaves[len(weights):], mini_batch, backend=backend, checkpoint=checkpoint)
     out.sum().backward()
 
 
@@ -2102,8 +2103,8 @@ def check_kernel(interpreter, *case, **sizes):
 
 
 @pytest.mark.parametrize("kind, dtype, width, mini_batch, L, checkpoint, B", [
-    ("linear", torch.float32, 32, 16, 37, 1, 2), ("linear", torch.float32, 64, 64, 1, 16, 1), ("linear", torch.bfloat16, 64, 32, 70, 3, 1),
-    ("linear", torch.float16, 32, 64, 70, 16, 1), ("mlp", torch.float32, 32, 16, 37, 3, 2), ("mlp", torch.float32, 32, 16, 55, 2, 1),
+    ("linear", torch.float32, 32, 16, 37, 2, 2), ("linear", torch.float32, 64, 64, 1, 16, 1), ("linear", torch.bfloat16, 64, 32, 70, 3, 1),
+    ("linear", torch.float16, 32, 64, 70, 16, 1), ("mlp", torch.float32, 32, 16, 55, 2, 1), ("mlp", torch.float32, 32, 32, 20, 3, 2),
     ("mlp", torch.float32, 64, 64, 70, 1, 1), ("mlp", torch.bfloat16, 64, 16, 20, 16, 1), ("mlp", torch.float16, 32, 32, 70, 1, 1)])
 def test_the_triton_kernels_agree_with_float64(interpreter, kind, dtype, width, mini_batch, L, checkpoint, B):
     check_kernel(interpreter, kind, dtype, width, mini_batch, L, checkpoint, B=B)
@@ -2120,14 +2121,13 @@ def test_the_triton_kernels_agree_with_float64_everywhere(interpreter, kind, dty
 
 
 def test_in_half_precision_the_triton_kernels_err_no_more_than_twice_the_torch_path(interpreter):
-    for kind in "linear", "mlp":
-        for name, (error, torchs) in interpreter(kernel_errors, "triton", kind, torch.float16, 32, 16, 50, 2).items():
-            assert error < 2 * torchs + 1e-5, (kind, name)
+    for name, (error, torchs) in interpreter(kernel_errors, "triton", "mlp", torch.float16, 32, 16, 50, 2).items():
+        assert error < 2 * torchs + 1e-5, name
 
 
 def in_pieces():
     """Gradients through out alone and through the last state alone, weights with a batch axis, and a scan without gradients."""
-    weights, inputs = kernel_inputs("mlp", torch.float32, 32, 16, 40, 2, 2, "cpu")
+    weights, inputs = kernel_inputs("mlp", torch.float32, 32, 16, 20, 2, 1, "cpu")
     weights = [torch.stack([w, 2 * w]) for w in weights]
     worst = 0.0
     for which in 0, 1:
@@ -2237,9 +2237,13 @@ def test_what_triton_cannot_take_is_one_sentence(change, message):
 
 def test_a_machine_without_triton_or_with_an_old_one_or_an_old_gpu_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=99 << 10))
     on_gpu = [*CPU_CASE[:5], "cuda:0"]
     if ttt_minute.triton:
         assert "8.0 (Ampere) or newer, not 7.5" in ttt_minute.triton_cannot(*on_gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+        assert "128 KB of shared memory for products in fp32, this GPU has 99" in ttt_minute.triton_cannot(*on_gpu)
+        assert ttt_minute.triton_cannot(*on_gpu[:3], "bfloat16", "bf16", "cuda:0") is None
         monkeypatch.setattr(ttt_minute.triton, "__version__", "3.1.0")
         assert "3.6 or newer, not 3.1.0" in ttt_minute.triton_cannot(*on_gpu)
     monkeypatch.setattr(ttt_minute, "triton", None)
@@ -2260,7 +2264,7 @@ def test_auto_takes_torch_on_a_cpu_without_a_word_and_on_a_gpu_says_once_what_it
 
 def self_checks():
     """What the self-check says of the kernels, of kernels that are wrong in one result, and of kernels that do not compile."""
-    case, right = ("mlp", 32, 16, "fp32", "cpu"), ttt_minute.KERNEL_SCANS["triton"]
+    case, right = ("linear", 32, 16, "fp32", "cpu"), ttt_minute.KERNEL_SCANS["triton"]
 
     def one_gradient_wrong(kind, weights, expected, q, k, v, eta, *rest):
         return right(kind, weights, expected, q, k, v, eta + 0.02 * (eta - eta.detach()), *rest)
@@ -2775,7 +2779,37 @@ def median_seconds(call, repeats=5):
     return sorted(times)[repeats // 2]
 
 
+def bench_on_a_gpu():
+    """Forward and backward of the scan at the paper's lengths: the kernel against the torch path, which a compiler may fuse."""
+    if not torch.cuda.is_available():
+        return print("kernels: no NVIDIA GPU here, nothing to time\n")
+    print(f"scan on {torch.cuda.get_device_name()}: 48 heads, F 64, b 64, bf16, forward + backward; medians of 5")
+    print(f"{'':<32} {'9 s':>12} {'63 s':>12}   (ms)")
+    pieces = {name: torch.compile(getattr(ttt_minute, name)) for name in ("inner_gradient", "read", "backward_of_read", "backward_of_step")}
+    for kind in "mlp", "linear":
+        for backend in "torch", "torch, compiled", "triton":
+            row = ""
+            for segments in 3, 21:
+                layout = Layout(segments, 226, (12 * segments + 1, 30, 45))
+                weights, inputs = kernel_inputs(kind, torch.bfloat16, 64, 64, layout.tokens, 1, 48, "cuda")
+
+                def scan():
+                    scan_and_back(kind, weights, inputs, backend.removesuffix(", compiled"), 64, 16)
+                    torch.cuda.synchronize()
+
+                with pytest.MonkeyPatch.context() as patch:
+                    for name, piece in pieces.items() if "compiled" in backend else ():
+                        patch.setattr(ttt_minute, name, piece)
+                    try:
+                        row += f" {1000 * median_seconds(scan):>12.1f}"
+                    except torch.OutOfMemoryError:
+                        row += f" {'no memory':>12}"
+            print(f"  {f'TTT-{kind}, {backend}':<30}{row}")
+    print()
+
+
 def bench():
+    bench_on_a_gpu()
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, fp32; medians of 5\n")
     for H, width, b, B, L in (4, 64, 64, 1, 6400), (4, 32, 64, 8, 352):
         title = f"scan: B {B}, H {H}, F {width}, b {b}, {L} tokens, forward + backward"

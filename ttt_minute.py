@@ -1118,6 +1118,10 @@ def triton_cannot(kind, width, mini_batch, dtype, precision, device):
     chip = torch.cuda.get_device_capability(device)
     if chip < OLDEST_CHIP:
         return f"needs a GPU of compute capability 8.0 (Ampere) or newer, not {chip[0]}.{chip[1]}"
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+    if (kind, width, mini_batch, precision) == ("mlp", 64, 64, "fp32") and room < 128:
+        return (f'needs 128 KB of shared memory for products in fp32, this GPU has {room}; bf16, mini-batches of 32 or '
+                'torch.set_float32_matmul_precision("high") fit')
     return None
 
 
