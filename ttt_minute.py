@@ -631,8 +631,8 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     shapes = [tuple(w.shape[-len(e):]) for w, e in zip(weights, expected)]
     if len(weights) != len(expected) or shapes != expected or not L or min(mini_batch, checkpoint) < 1:
         raise ValueError(f"ttt_scan: {kind} weights for q {tuple(q.shape)} have shapes {expected}, not {[tuple(w.shape) for w in weights]}")
-    dtype = functools.reduce(torch.promote_types, [x.dtype for x in (q, k, v, eta)])
-    precision = operand_precision(dtype, q.device.type)
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    precision, dtype = operand_precision(dtype, q.device.type), torch.promote_types(dtype, eta.dtype)
     backend = choose_backend(backend, kind, width, mini_batch, str(dtype).removeprefix("torch."), precision, str(q.device))
     if backend == "triton":
         return scan_in_triton(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, precision)
@@ -1174,6 +1174,7 @@ TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}      # of a
 
 
 @functools.cache
+@torch.inference_mode(False)
 def self_check(name, kind, width, mini_batch, precision, device):
     """Run a small scan and its gradients with a kernel and with "torch" in fp32 on this very GPU: None, or why the kernel is not to be trusted."""
     generator = torch.Generator().manual_seed(0)
