@@ -2169,6 +2169,23 @@ def test_to_the_compiler_and_to_checkpointing_the_scan_is_one_operation(interpre
     assert interpreter(one_operation) == [True, True]
 
 
+def under_autocast():
+    weights, inputs = kernel_inputs("linear", torch.float32, 32, 16, 20, 1, 2, "cpu")
+
+    def scan():
+        return ttt_scan("linear", weights, *inputs, 16, backend="triton")[0]
+
+    exact = scan()
+    with torch.autocast("cpu", torch.bfloat16):
+        return relative(scan(), exact), torch.equal(scan(), torch.compile(scan, fullgraph=True, backend="aot_eager")())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_under_autocast_products_are_in_its_precision_compiled_or_not(interpreter):
+    error, same = interpreter(under_autocast)
+    assert 1e-4 < error < 1e-2 and same
+
+
 def compiled(kernel, chip, kind, width, mini_batch, precision):
     """Compile a kernel for a chip that need not be here: registers and spilled bytes of a thread, shared memory in KB."""
     triton = pytest.importorskip("triton", reason="Triton has no wheel for this system")

@@ -688,7 +688,7 @@ SCAN_BACKENDS = {"autograd": step_autograd, "dual": step_dual, "torch": PrimalSc
 #   tokens     q, k, v, eta are read and out is written in place, whatever their strides, 33 KB a mini-batch at F 64, b 64 in bf16.
 #   state      one buffer a program, 132 KB for TTT-MLP at F 64. A register file holds 256 KB, but of what Triton keeps there a product's
 #              second operand costs 64 of a thread's 255 registers: with W in registers (tiles of 64 or of 128 rows, 8 warps) ptxas spilled
-#              2 to 97 KB. So W passes through registers in tiles of F x F and lives in the L1 and L2 caches, where it stays since nothing
+#              3 to 97 KB a thread. So W passes through registers in tiles of F x F and lives in the L1 and L2 caches, where it stays since nothing
 #              else comes by. DIFF from the paper's kernel (3.5), which holds W in the shared memory of two SMs: this one runs on any.
 #   backward   a program replays a group from its kept state into a scratch of `every` + 1 states and one [b, E] row, 2.3 MB for TTT-MLP at
 #              F 64, b 64 and 16 mini-batches a group, then walks it backwards. A step touches two states, dW and the row: 460 KB, within
@@ -1137,8 +1137,13 @@ def operand_precision(dtype, device):
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float32:
-        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return precision_of_fp32()
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))
+
+
+@torch.compiler.assume_constant_result
+def precision_of_fp32():
+    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @torch.compiler.assume_constant_result
