@@ -537,6 +537,11 @@ template <class P> struct BackwardShared {
 };
 
 __device__ static inline void negate(acc &a) { each(a, [](float2 &x, int, int, int) { x = {-x.x, -x.y}; }); }
+__device__ static inline void store_negated(tile &to, acc &a) {
+    frag negative;
+    each(a, [&](float2 &x, int i, int, int) { negative.tiles[0][i / 4].data[i % 4] = __float22bfloat162_rn({-x.x, -x.y}); });
+    warpgroup::store(to, negative);
+}
 __device__ static inline void add_columns(float (*sum)[F], float2 &held, float2 x, int half, int c) {
     if (half == 0) { held = x; return; }
     x = {x.x + held.x, x.y + held.y};
@@ -845,6 +850,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 asm volatile("fence.proxy.async;" ::: "memory");
             }
             signal_full(s.replayed, groups - 1 - group);
+            negate(w1[0]), negate(w2[0]);
             for (int t = end - 1; t >= start; t--, n++) {
                 // 1
                 wait_full(s.asked, n);
@@ -880,13 +886,11 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 // 5
                 wait_full(s.kv, i);
                 wait_full(s.back, n);
-                negate(w1[0]), negate(w2[0]);
                 warpgroup::mma_AtB(w1[0], s.k, s.saved[role].g1);
                 warpgroup::mma_AtB(w2[0], s.saved[role].x2, s.g2);
                 warpgroup::mma_async_wait();
-                negate(w1[0]), negate(w2[0]);
-                warpgroup::store(s.W.w1[role], w1[0]);
-                warpgroup::store(s.W.w2[role], w2[0]);
+                store_negated(s.W.w1[role], w1[0]);
+                store_negated(s.W.w2[role], w2[0]);
                 warpgroup::store(s.dW.w1[role], d1[0]);
                 warpgroup::store(s.dW.w2[role], d2[0]);
                 if (column < F) s.bias.b1[role][column] = saved[t - start].b.b1[role][column];
