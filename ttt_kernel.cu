@@ -399,25 +399,25 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP>::TH
         {
             #pragma unroll
             for (int i = 0; i < P::SL; i++) { warpgroup::store(s.W[last].w1[role * P::SL + i], w1[i]); warpgroup::store(s.W[last].w2[role * P::SL + i], w2[i]); }
-            to_async_proxy();
-            Learner<P>::barrier();
+            to_async_proxy();                                                         //@ W[last] := 0
+            Learner<P>::barrier();                                                    // the judge reads every learner's W2
         }
         for (int t = 0; t < M; t++) {
             const int now = (t + last) % P::COPIES, next = t % P::COPIES;
             Learner<P> L{&s.W[now], &s.b[now], s.slice, &s.g2, s.part, s.gamma, s.beta, g.eps, &s.z2, &s.sum};
-            if (t % g.every == 0) keep<P>(w1, w2, s.b[now], s.slice, g.kept, size_t(head) * ((M + g.every - 1) / g.every) + t / g.every);
+            if (t % g.every == 0) keep<P>(w1, w2, s.b[now], s.slice, g.kept, size_t(head) * ((M + g.every - 1) / g.every) + t / g.every);   //@ x2 := -1
             float eta[2];
             step_sizes(eta, g.eta, head, t, g.L);
-            wait_full(s.kv, t);
-            hidden<P>(L, s.k[t % STAGES]);
-            L.barrier();
-            if (role == P::JUDGE) guess_and_error<P>(L, s.k[t % STAGES], s.v[t % STAGES], eta, t, nullptr);
-            L.barrier();
-            blame_and_step<P>(w1, w2, L, s.k[t % STAGES]);
-            signal_empty(s.kv, t);
-            wait_empty(s.state, t);
-            publish<P>(w1, w2, s.W[next], s.b[now], s.b[next], s.part);
-            signal_full(s.state, t);
+            wait_full(s.kv, t);                                                       // for the producer: k and v have come
+            hidden<P>(L, s.k[t % STAGES]);                                            //@ k[t % STAGES] == t, W[now] == t; x2 := t
+            L.barrier();                                                              // the judge reads every learner's X2
+            if (role == P::JUDGE) guess_and_error<P>(L, s.k[t % STAGES], s.v[t % STAGES], eta, t, nullptr);   //@ x2[*] == t, W[*][now] == t, v[t % STAGES] == t; g2 := t
+            L.barrier();                                                              // for the judge: every learner reads G2
+            blame_and_step<P>(w1, w2, L, s.k[t % STAGES]);                            //@ g2 == t, x2 == t, W[now] == t, k[t % STAGES] == t
+            signal_empty(s.kv, t);                                                    // the producer may overwrite k and v
+            wait_empty(s.state, t);                                                   // for the reader: done with the W that lay here
+            publish<P>(w1, w2, s.W[next], s.b[now], s.b[next], s.part);               //@ W[now] == t; W[next] := t + 1
+            signal_full(s.state, t);                                                  // the reader may read the new W
             warpgroup::sync(2 + role);
         }
         Learner<P>::barrier();
@@ -430,8 +430,8 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP>::TH
             tile &q = s.q[t % STAGES];
             const auto &W = s.W[t % P::COPIES];
             const auto &b = s.b[t % P::COPIES];
-            wait_full(s.asked, t);
-            wait_full(s.state, t);
+            wait_full(s.asked, t);                                                    // for the producer: q has come
+            wait_full(s.state, t);                                                    // for the learners: the W that has seen mini-batch t
             if constexpr (TP == 1) {
                 #pragma unroll
                 for (int slice = 0; slice < P::HS; slice++) {
@@ -460,8 +460,8 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP>::TH
                     warpgroup::mma_async_wait();
                 }
             }
-            if (rank == 0) add_row(z2, b.b2);
-            signal_empty(s.state, t);
+            if (rank == 0) add_row(z2, b.b2);                                         //@ q[t % STAGES] == t, W[*][t % COPIES] == t + 1
+            signal_empty(s.state, t);                                                 // the learners may overwrite this W
             sum_over_cluster(z2, s.zb2, s.sum_out, t);
             warpgroup::sync(2 + role);
             if (quarter() * TP / 4 == rank) {
@@ -475,14 +475,14 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP>::TH
                     y = __float22bfloat162_rn({asked.x + s.gamma[c] * x.x + s.beta[c], asked.y + s.gamma[c + 1] * x.y + s.beta[c + 1]});
                     move<bf16_2>::sts(place, y);
                 });
-                to_async_proxy();
+                to_async_proxy();                                                     //@ q[t % STAGES] == t; q[t % STAGES] := -t - 1
                 __syncwarp();
                 if (lane() == 0) {
                     tma::store_async(g.out, *reinterpret_cast<st_bf<16, F> *>(&q.data[16 * F * quarter()]), {video, h, 4 * t + quarter(), 0});
-                    tma::store_async_read_wait();
+                    tma::store_async_read_wait();                                     //@ q[t % STAGES] == -t - 1
                 }
             }
-            signal_empty(s.asked, t);
+            signal_empty(s.asked, t);                                                 // the producer may overwrite q, whose place the output took
         }
         if (lane() == 0) tma::store_async_wait();
     }
@@ -659,26 +659,29 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
         warpgroup::decrease_registers<P::PRODUCER>();
         if (warpgroup::laneid() == 0) {
             int i = 0, n = 0;
-            auto load_kv = [&](int t) {
-                wait_empty(s.kv, i);
-                tma::expect_bytes(s.kv.full[0], 2 * sizeof(tile));
-                tma::load_async(s.k, g.k, {video, h, t, 0}, s.kv.full[0]);
-                tma::load_async(s.v, g.v, {video, h, t, 0}, s.kv.full[0]);
-                i++;
-            };
             for (int group = groups - 1; group >= 0; group--) {
                 const int start = group * g.every, end = min(start + g.every, M);
-                for (int t = start; t < end; t++) load_kv(t);
+                for (int t = start; t < end; t++) {
+                    wait_empty(s.kv, i);
+                    tma::expect_bytes(s.kv.full[0], 2 * sizeof(tile));
+                    tma::load_async(s.k, g.k, {video, h, t, 0}, s.kv.full[0]);
+                    tma::load_async(s.v, g.v, {video, h, t, 0}, s.kv.full[0]);
+                    i++;
+                }
                 wait_full(s.replayed, groups - 1 - group);
                 for (int t = end - 1; t >= start; t--) {
                     wait_empty(s.asked, n);
                     tma::expect_bytes(s.asked.full[0], 2 * sizeof(tile));
                     tma::load_async(s.q, g.q, {video, h, t, 0}, s.asked.full[0]);
                     tma::load_async(s.dout, g.dout, {video, h, t, 0}, s.asked.full[0]);
-                    load_kv(t);
+                    wait_empty(s.kv, i);
+                    tma::expect_bytes(s.kv.full[0], 2 * sizeof(tile));
+                    tma::load_async(s.k, g.k, {video, h, t, 0}, s.kv.full[0]);
+                    tma::load_async(s.v, g.v, {video, h, t, 0}, s.kv.full[0]);
+                    i++;
                     wait_empty(s.back, n);
                     tma::expect_bytes(s.back.full[0], sizeof(s.saved) + sizeof(tile));
-                    tma::load_async((void *)s.saved, (void *)saved[t - start].slice, sizeof(s.saved), s.back.full[0]);
+                    tma::load_async((void *)s.saved, (void *)saved[t - start].slice, sizeof(s.saved), s.back.full[0]);   //@ stored[*] == group, stored_g2 == group
                     tma::load_async((void *)&s.g2, (void *)&saved[t - start].g2, sizeof(tile), s.back.full[0]);
                     n++;
                 }
@@ -702,18 +705,18 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 if (column < F) to.b.b2[column] = s.bias.b2[column];
                 wait_full(s.kv, i);
                 team.barrier();
-                guess_and_error<P>(team, s.k, s.v, eta, sums++, to.z2);
+                guess_and_error<P>(team, s.k, s.v, eta, sums++, to.z2);               //@ k == t, v == t, x2[*] == t, W[*] == t; g2 := t
                 team.barrier();
                 signal_empty(s.kv, i++);
                 if (column == 0) {
                     tma::store_async((void *)&to.g2, (void *)&s.g2, sizeof(tile));
-                    tma::store_async_read_wait();
+                    tma::store_async_read_wait();                                     //@ g2 == t
                 }
                 if (column < F) s.bias.b2[column] += add_parts(s.part[P::HS], column);
                 warpgroup::sync(2 + role);
             }
             if (column == 0) {
-                tma::store_async_wait();
+                tma::store_async_wait();                                              //@ stored_g2 := group
                 asm volatile("fence.proxy.async;" ::: "memory");
             }
             signal_full(s.replayed, groups - 1 - group);
@@ -729,7 +732,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 warpgroup::mma_async_wait();
                 sum_over_cluster(z, s.z2, s.sum, sums++);
                 add_row(z, s.bias.b2);
-                backward_of_read_norm(z, s, g.eps);
+                backward_of_read_norm(z, s, g.eps);                                   //@ a[*] == t, W[*] == t + 1, dout == t; u := t
                 warpgroup::store(s.u, z);
                 column_sums(z, s.part[P::HS]);
                 to_async_proxy();
@@ -739,7 +742,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                     s.bias.b2[column] = saved[t - start].b.b2[column];
                 }
                 team.barrier();
-                // 4
+                // 4                                                                  //@ b[*] == t, W[*] == t + 1
                 warpgroup::mm_ABt(z, s.b[0], s.W.w1[0]);
                 #pragma unroll
                 for (int j = 1; j < P::HS; j++) warpgroup::mma_ABt(z, s.b[j], s.W.w1[j]);
@@ -753,7 +756,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                     });
                     to_async_proxy();
                     __syncwarp();
-                    store_rows(g.dq, s.dout, video, h, t);
+                    store_rows(g.dq, s.dout, video, h, t);                            //@ dout == t; dout := -t - 1
                     if (lane() == 0) tma::store_async_read_wait();
                 }
                 signal_empty(s.asked, n);
@@ -769,7 +772,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 sum_over_cluster(z, s.z2, s.sum, sums++);
                 add_row(z, s.dbias.b2);
                 negate(z);
-                backward_of_error(z, saved[t - start].z2, s, eta, deta, g.eps);
+                backward_of_error(z, saved[t - start].z2, s, eta, deta, g.eps);       //@ x2[*] == t, dW[*] == t, a[*] == -t - 1, W[*] == t, k == t, v == t; u := -t - 1, v := -t - 1
                 for (int half = 0; half < 2; half++) {
                     const int token = 64 * t + row_of(half);
                     if (rank == 0 && lane() % 4 == 0 && token < g.L) g.deta[size_t(head) * g.L + token] = deta[half];
@@ -780,7 +783,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 team.barrier();
                 if (column < F) s.dbias.b2[column] += add_parts(s.part[P::HS], column);
                 team.barrier();
-                // 9
+                // 9                                                                  //@ g1[*] == t, dW[*] == t, b[*] == -t - 1, W[*] == t
                 warpgroup::mm_ABt(z, s.saved[0].g1, s.dW.w1[0]);
                 warpgroup::mma_ABt(z, s.b[0], s.W.w1[0]);
                 #pragma unroll
@@ -795,7 +798,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                     });
                     to_async_proxy();
                     __syncwarp();
-                    store_rows(g.dk, s.k, video, h, t);
+                    store_rows(g.dk, s.k, video, h, t);                               //@ v == -t - 1; k := -t - 1
                     store_rows(g.dv, s.v, video, h, t);
                     if (lane() == 0) tma::store_async_read_wait();
                 }
@@ -827,26 +830,26 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
             warpgroup::store(s.W.w1[role], w1[0]);
             warpgroup::store(s.W.w2[role], w2[0]);
             if (column < F) s.bias.b1[role][column] = biases[F * slice + column];
-            to_async_proxy();
+            to_async_proxy();                                                         //@ W := start
             warpgroup::sync(mine);
             for (int t = start; t < end; t++) {                                       // replay
                 auto &to = saved[t - start];
                 if (column < F) to.b.b1[role][column] = s.bias.b1[role][column];
                 wait_full(s.kv, i);
-                hidden<P>(learner, s.k);
+                hidden<P>(learner, s.k);                                              //@ k == t, W == t; x2 := t
                 learner.barrier();
                 learner.barrier();
-                blame_and_step<P>(w1, w2, learner, s.k);
+                blame_and_step<P>(w1, w2, learner, s.k);                              //@ g2 == t, k == t, x2 == t, W == t; g1 := t
                 signal_empty(s.kv, i++);
                 if (column == 0) {
                     tma::store_async((void *)&to.slice[role], (void *)&s.saved[role], sizeof(Slice));
-                    tma::store_async_read_wait();
+                    tma::store_async_read_wait();                                     //@ x2 == t, g1 == t
                 }
-                publish<P>(w1, w2, s.W, s.bias, s.bias, s.part);
+                publish<P>(w1, w2, s.W, s.bias, s.bias, s.part);                      //@ W := t + 1
                 warpgroup::sync(mine);
             }
             if (column == 0) {
-                tma::store_async_wait();
+                tma::store_async_wait();                                              //@ stored := group
                 asm volatile("fence.proxy.async;" ::: "memory");
             }
             signal_full(s.replayed, groups - 1 - group);
@@ -861,11 +864,11 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                     x = {gelu_slope(x.x + s.bias.b1[role][c], d.x), gelu_slope(x.y + s.bias.b1[role][c + 1], d.y)};
                     put(s.b[role], row_of(half), c, d);
                 });
-                warpgroup::store(s.a[role], z);
+                warpgroup::store(s.a[role], z);                                       //@ q == t, W == t + 1; a := t, b := t + 1000
                 to_async_proxy();
                 learner.barrier();
                 learner.barrier();
-                // 3
+                // 3                                                                  //@ u == t, W == t + 1, a == t, b == t + 1000; b := t
                 warpgroup::mm_ABt(z, s.u, s.W.w2[role]);
                 warpgroup::mma_AtB(d2[0], s.a[role], s.u);
                 warpgroup::mma_async_wait<1>();
@@ -877,7 +880,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 column_sums(z, s.part[role]);
                 to_async_proxy();
                 warpgroup::sync(mine);
-                warpgroup::mma_AtB(d1[0], s.q, s.b[role]);
+                warpgroup::mma_AtB(d1[0], s.q, s.b[role]);                            //@ q == t, b == t
                 if (column < F) s.dbias.b1[role][column] += add_parts(s.part[role], column);
                 warpgroup::mma_async_wait();
                 learner.barrier();
@@ -896,7 +899,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 if (column < F) s.bias.b1[role][column] = saved[t - start].b.b1[role][column];
                 to_async_proxy();
                 warpgroup::sync(mine);
-                // 6
+                // 6                                                                  //@ k == t, g1 == t, x2 == t, g2 == t; W := t, dW := t
                 warpgroup::mm_AB(z, s.k, s.W.w1[role]);
                 warpgroup::mma_async_wait();
                 each(z, [&](float2 &x, int, int half, int c) {
@@ -919,11 +922,11 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                     put(s.b[role], row_of(half), c, {x.x * bend.x, x.y * bend.y});
                     x = {x.x * slope.x, x.y * slope.y};
                 });
-                warpgroup::store(s.a[role], z);
+                warpgroup::store(s.a[role], z);                                       //@ k == t, g2 == t; a := -t - 1, b := t + 2000, c := t
                 to_async_proxy();
                 learner.barrier();
                 learner.barrier();
-                // 8
+                // 8                                                                  //@ g2 == t, dW == t, u == -t - 1, W == t, a == -t - 1, x2 == t, c == t, b == t + 2000; b := -t - 1
                 warpgroup::mm_ABt(z, s.g2, s.dW.w2[role]);
                 warpgroup::mma_ABt(z, s.u, s.W.w2[role]);
                 warpgroup::mma_AtB(d2[0], s.a[role], s.g2);
@@ -937,7 +940,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 column_sums(z, s.part[role]);
                 to_async_proxy();
                 warpgroup::sync(mine);
-                warpgroup::mma_AtB(d1[0], s.k, s.b[role]);
+                warpgroup::mma_AtB(d1[0], s.k, s.b[role]);                            //@ k == t, b == -t - 1
                 if (column < F) s.dbias.b1[role][column] += add_parts(s.part[role], column);
                 warpgroup::mma_async_wait();
                 learner.barrier();
@@ -959,6 +962,7 @@ template <int TP> static int launch_backward(const Backward &g, int B, cudaStrea
     ttt_backward_kernel<TP><<<dim3(TP, g.H, B), BackwardPlan<TP>::THREADS, bytes, stream>>>(g);
     return cudaGetLastError();
 }
+extern "C" __attribute__((visibility("default"))) size_t ttt_scratch_bytes(int tp) { return tp == 4 ? sizeof(Saved<1>) : sizeof(Saved<2>); }
 extern "C" __attribute__((visibility("default"))) int ttt_backward(
         void *q, void *k, void *v, void *dout, void *dq, void *dk, void *dv, const float *eta, const float *gamma, const float *beta, float *deta, float *dgamma, float *dbeta,
         float *dlast_W1, float *dlast_b1, float *dlast_W2, float *dlast_b2, float *dW1, float *db1, float *dW2, float *db2,

@@ -803,6 +803,11 @@ def _(q, k, v, eta, gamma, beta, W1, b1, W2, b2, eps, every, tp):
     return torch.empty_like(q), *[torch.empty_like(w) for w in (W1, b1, W2, b2)], *empty_checkpoints(q, every)
 
 
+def scratch_bytes(tp):
+    """What the backward pass sets aside for a shard and a mini-batch of one group: X2, G1 and G2 in bf16, Z2 and the biases in fp32."""
+    return -(-(16384 * 4 // tp + 8192 + 16384 + 256 * (4 // tp + 1)) // 128) * 128
+
+
 @torch.library.custom_op("ttt_minute::mlp_scan_backward", mutates_args=(), device_types="cuda")
 def mlp_scan_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor,
                       dout: torch.Tensor, dlast: list[torch.Tensor], kept_W: torch.Tensor, kept_b: torch.Tensor, eps: float, every: int,
@@ -813,9 +818,7 @@ def mlp_scan_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: to
     dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
     dgamma, dbeta = (eta.new_empty(B, H, width) for _ in range(2))
     dW = [torch.empty_like(x) for x in dlast]
-    # The tiles of one group of mini-batches and of every shard: X2, G1 and G2 in bf16, Z2 and the biases in fp32 (Saved in ttt_kernel.cu).
-    saved = -(-(16384 * 4 // tp + 8192 + 16384 + 256 * (4 // tp + 1)) // 128) * 128
-    scratch = torch.empty(B * H * tp * every * saved, dtype=torch.uint8, device=q.device)
+    scratch = torch.empty(B * H * tp * every * scratch_bytes(tp), dtype=torch.uint8, device=q.device)
     launch(load_kernel().ttt_backward, (q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta, *dlast, *dW, kept_W, kept_b, scratch),
            (B, H, L), every, eps, tp)
     return dq, dk, dv, deta, dgamma, dbeta, *dW
