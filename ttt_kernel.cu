@@ -14,6 +14,32 @@
 //     nvcc -std=c++20 -O3 -DNDEBUG --use_fast_math --expt-relaxed-constexpr --expt-extended-lambda -DKITTENS_HOPPER
 //          -gencode arch=compute_90a,code=sm_90a -I$THUNDERKITTENS_ROOT/include -diag-suppress 3189
 //          -Xcompiler=-fPIC,-fno-strict-aliasing,-Wno-psabi,-fvisibility=hidden -shared -cudart static ttt_kernel.cu -o ttt_kernel.so
+//
+// The picture. A head belongs to a cluster of TP multiprocessors (1, 2 or 4). E is cut into 4 slices of 64: a slice is 64 columns of
+// W1 and the 64 rows of W2 that read them. A learner warpgroup keeps its slice in fp32 accumulators from the first to the last
+// mini-batch, 64 registers a thread; shared memory holds copies in bf16 for the products that read W.
+//
+//              +-------------------- multiprocessor 0 ---------------------+      +------- multiprocessor 1 (TP = 2) ------+
+//   q, k, v -> | producer: TMA, two mini-batches ahead                     |      |                                        |
+//              | learner 0 (slice 0) \                                     |      |  learner 0 (slice 2)                   |
+//              | learner 1 (slice 1) --> Z2, my part --------------------------------> + Z2, its part, fp32 through DSMEM  |
+//              | reader: z of mini-batch t while the learners are at t + 1 |      |                                        |
+//   out     <- |         rows 0 .. 31 of z, by TMA                         |      |  reader: rows 32 .. 63                 |
+//              +-----------------------------------------------------------+      +----------------------------------------+
+//
+// One product needs every slice, X2 @ W2; its parts are added in the order of the ranks, in fp32 and on every multiprocessor alike, so
+// that all of them go on with the same bits. A checkpoint of W leaves by TMA every `every` mini-batches.
+//
+// The backward pass takes the groups between checkpoints last to first. It replays a group with the forward's own functions, keeping X2, G1
+// and G2 (in bf16, as the products read them), Z2 and the biases in global memory, then walks it back, holding W and its gradient dW:
+// W before a step is W after it plus the very products that were taken off (the formulas: backward_of_read and backward_of_step in ttt_minute.py).
+// A fourth role, the judge, has registers free for the LayerNorms: it does all that needs a sum over slices.
+//
+// Limits: TTT-MLP, F = 64, E = 256, b = 64, q, k, v in bf16, any L; backward on 2 or 4 multiprocessors, since W and dW fill one's registers.
+// Tiles hold D1 = -G1 and D2 = -G2: tensor cores add, so the step down is stored. `//@` marks name what a line reads (== the
+// mini-batch it must belong to) and writes (:=); test_ttt.py follows them, and every wait below, through all orders of events.
+
+// ThunderKittens asks the driver for two functions. They are looked up at run time, so that no libcuda is needed to build or to load.
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cstdint>
@@ -43,19 +69,37 @@ using frag = rt_bf<16, F>;                                                      
 using tokens = gl<bf16, -1, -1, -1, F, tile>;                                        // [B, H, L, F]
 using token_rows = gl<bf16, -1, -1, -1, F, st_bf<16, F>>;
 
+// ---------------------------------------------------------------------------------------------------- budget
+//
+//   shared memory, KB           forward TP 1   TP 2   TP 4     backward TP 2   TP 4      registers a thread        learner  reader/judge  producer
+//   k, v, q (dout), stages                48     48     48                32     32      forward  TP 1, 4 groups   2 x 208            72        24
+//   W in bf16, copies (and dW)            64     64     32                64     32               TP 2, 4 groups   2 x 184           112        24
+//   X2 and G1, G2                         72     40     24                40     24               TP 4, 3 groups       232           168        24
+//   working tiles                         32      8      8                56     32      backward TP 2, 4 groups   2 x 192           104        24
+//   parts of Z2, of outputs                0     24     60                24     60               TP 4, 3 groups       240           216        40
+//   vectors, barriers                      7      6      4                 8      6      (static_asserts below hold both)
+//   at most                              223    190    176               224    186      64 fp32 of W, 64 of dW, 32 of the product at hand
+//
+// A registers' pool is what the kernel is launched with; asking for more than is there would wait for ever.
+constexpr int pool(int groups) { return 65536 / (128 * groups) / 8 * 8 * groups; }
+
+// HS slices a multiprocessor, SL a learner, NL learners. JUDGE is the warpgroup that does the LayerNorms, TEAM who meets at its barrier.
 template <int TP_> struct Plan {
     static constexpr int TP = TP_, HS = SLICES / TP, SL = TP == 1 ? 2 : 1, NL = HS / SL, JUDGE = 0, TEAM = NL;
     static constexpr int THREADS = 128 * (NL + 2), COPIES = TP == 1 ? 1 : 2;
-    static constexpr int LEARNER = TP == 1 ? 208 : TP == 2 ? 184 : 232, READER = TP == 1 ? 72 : TP == 2 ? 112 : 168, PRODUCER = 24;
+    static constexpr int LEARNER = TP == 1 ? 208 : TP == 2 ? 184 : 232, READER = TP == 1 ? 72 : TP == 2 ? 112 : 168, PRODUCER = 24, SHARED_KB = TP == 1 ? 223 : TP == 2 ? 190 : 176;
+    static_assert(NL * LEARNER + READER + PRODUCER <= pool(NL + 2), "the warpgroups want more registers than the kernel has");
 };
 
-struct Slice { tile x2, g1; };
-using image = float2[4][16][32];
+struct Slice { tile x2, g1; };                                                       // before X2 of a step: 16 KB to stage a checkpoint; g1: gelu', then D1
+using image = float2[4][16][32];                                                     // an accumulator as the threads hold it: warp, pair, lane
 template <int TP, int SHARE> struct Exchange { float4 from[TP - 1][SHARE][8][32]; };
 template <int SHARE> struct Exchange<1, SHARE> {};
 template <int HS> struct Weights { tile w1[HS], w2[HS]; };
 template <int HS> struct Biases { float b1[HS][F], b2[F]; };
 
+// Who fills a slot and who empties it take turns: item i lies in slot i % SLOTS, and a barrier's phases alternate with i / SLOTS. The
+// first round finds every slot empty: a wait for the phase before the first passes. A warp signals once all its lanes are done.
 template <int SLOTS> struct Ring { semaphore full[SLOTS], empty[SLOTS]; };
 
 __device__ static inline int lane() { return threadIdx.x % 32; }
@@ -69,6 +113,7 @@ template <int SLOTS> __device__ static inline void signal_empty(Ring<SLOTS> &r, 
 template <int SLOTS> __device__ static inline void init_ring(Ring<SLOTS> &r, int full, int empty) {
     for (int i = 0; i < SLOTS; i++) { init_semaphore(r.full[i], full); init_semaphore(r.empty[i], empty); }
 }
+// Tensor cores and TMA see what threads wrote to shared memory only after this.
 __device__ static inline void to_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 template <int THREADS> __device__ static inline void barrier_of(int id) { asm volatile("bar.sync %0, %1;" :: "r"(id), "n"(THREADS) : "memory"); }
 __device__ static inline uint32_t shared(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -82,11 +127,14 @@ __device__ static inline void send(uint32_t to, float4 x, uint32_t arrived) {
                  :: "r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(arrived) : "memory");
 }
 
+// ---------------------------------------------------------------------------------------------------- pieces
+// f(pair of neighbours, its number, which of the thread's two rows, first column) for the 16 pairs that a thread holds of 64 x 64.
 template <class Function> __device__ static inline void each(acc &a, Function f) {
     #pragma unroll
     for (int i = 0; i < 16; i++) f(a.tiles[0][i / 4].data[i % 4], i, i % 2, 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * (lane() % 4));
 }
 __device__ static inline int row_of(int half) { return 16 * quarter() + 8 * half + lane() / 4; }
+// Volatile, so that the passes over a LayerNorm read again instead of keeping everything in registers.
 __device__ static inline float2 pair(const tile &t, int row, int column) {
     bf16_2 x;
     asm volatile("ld.volatile.shared.b32 %0, [%1];" : "=r"(*reinterpret_cast<uint32_t *>(&x)) : "r"(tile::idx(shared(t.data), {row, column})));
@@ -100,6 +148,7 @@ __device__ static inline float2 pair(const float *row, int column) {
 __device__ static inline void put(tile &t, int row, int column, float2 x) {
     move<bf16_2>::sts(tile::idx(shared(t.data), {row, column}), __float22bfloat162_rn(x));
 }
+// A row lies in the 4 lanes of a quad, a column in the 8 quads of each of 4 warps; partial sums of columns are added in a fixed order.
 __device__ static inline float row_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
@@ -125,7 +174,9 @@ __device__ static inline void add_row(acc &a, const float *row) {
     each(a, [&](float2 &x, int, int, int c) { x.x += row[c]; x.y += row[c + 1]; });
 }
 
-// gelu(x) = x s with s = sigmoid(phi), phi = 2c x (1 + d x^2), and its derivatives from one exponential
+// gelu(x) = x s with s = sigmoid(phi), phi = 2c x (1 + d x^2); with C2 = 2c and C2D = 2c d
+//     gelu' = s + s (1 - s) x p,  gelu'' = s (1 - s) (2 p + x (1 - 2 s) p^2 + 6 C2D x^2),  p = C2 + 3 C2D x^2
+// Beyond |x| = 10 the bell s (1 - s) is 0 in fp32: x^2 is held at 100, lest it overflow and 0 times infinity come out.
 constexpr float C2 = 1.5957691216f, C2D = 0.0713548163f;
 __device__ static inline float gelu(float x) { return x * __fdividef(1.f, 1.f + __expf(-x * (C2 + C2D * fminf(x * x, 100.f)))); }
 __device__ static inline float gelu_slope(float x, float &slope) {
@@ -150,12 +201,14 @@ __device__ static inline void normalise(acc &z, float (&r)[2], float eps) {
     each(z, [&](float2 &x, int, int half, int) { x.x *= r[half]; x.y *= r[half]; });
 }
 
+// z <- the sum of all ranks' z: the AllReduce of section 3.5 with SHARE = 4; with SHARE = 4 / TP a rank gets only the rows of its own SHARE
+// warps, and the others are left alone. Registers go straight into the peer's shared memory, which counts the bytes.
 template <int TP, int SHARE>
 __device__ static inline void sum_over_cluster(acc &z, Exchange<TP, SHARE> &x, Ring<1> &ring, int n) {
     if constexpr (TP > 1) {
         const int rank = cluster_ctarank();
         if (warpgroup::laneid() == 0) tma::expect_bytes(ring.full[0], sizeof(x.from));
-        wait_peer(ring.empty[0], n % 2 ^ 1);
+        wait_peer(ring.empty[0], n % 2 ^ 1);                                          // for the peers: they have read what I sent last
         #pragma unroll
         for (int i = 1; i < TP; i++) {
             const int peer = (rank + i) % TP;
@@ -168,7 +221,7 @@ __device__ static inline void sum_over_cluster(acc &z, Exchange<TP, SHARE> &x, R
                 }
             }
         }
-        wait_peer(ring.full[0], n % 2);
+        wait_peer(ring.full[0], n % 2);                                               // for the peers: all their parts have come
         if (SHARE == 4 || quarter() / SHARE == rank) {
             #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -200,6 +253,7 @@ template <class P> struct Learner {
     __device__ static inline int first() { return warpgroup::groupid() * P::SL; }
 };
 
+// 3 error: xh and p as in inner_gradient of ttt_minute.py; z <- D2 = -eta r (p - mean(p) - xh mean(p xh)).
 template <class P> __device__ static inline void error_of(acc &z, const Learner<P> &s, const tile &k, const tile &v, const float (&eta)[2]) {
     float r[2], along_1[2] = {}, along_xh[2] = {};
     normalise(z, r, s.eps);
@@ -220,6 +274,7 @@ template <class P> __device__ static inline void error_of(acc &z, const Learner<
     });
 }
 
+// 1 hidden: X2 = gelu(k W1 + b1), and gelu' where D1 will lie.
 template <class P> __device__ static inline void hidden(const Learner<P> &s, const tile &k) {
     acc z;
     #pragma unroll
@@ -237,6 +292,7 @@ template <class P> __device__ static inline void hidden(const Learner<P> &s, con
     to_async_proxy();
 }
 
+// 2 guess: Z2 = X2 W2 + b2, over all slices; 3 error.
 template <class P> __device__ static inline void guess_and_error(const Learner<P> &s, const tile &k, const tile &v, const float (&eta)[2], int n, float2 *kept_z2) {
     acc z;
     warpgroup::mm_AB(z, s.slice[0].x2, s.W->w2[0]);
@@ -252,6 +308,7 @@ template <class P> __device__ static inline void guess_and_error(const Learner<P
     to_async_proxy();
 }
 
+// 4 blame: D1 = (D2 W2^T) gelu'; 5 step: W1 += k^T D1, W2 += X2^T D2, sums of the rows for the biases.
 template <class P> __device__ static inline void blame_and_step(acc (&w1)[P::SL], acc (&w2)[P::SL], const Learner<P> &s, const tile &k) {
     acc z;
     #pragma unroll
@@ -273,6 +330,7 @@ template <class P> __device__ static inline void blame_and_step(acc (&w1)[P::SL]
     }
 }
 
+// 5 step, seen from outside: the new W in bf16 and the new biases.
 template <class P> __device__ static inline void publish(acc (&w1)[P::SL], acc (&w2)[P::SL], Weights<P::HS> &W, const Biases<P::HS> &b,
                                                          Biases<P::HS> &next, float (*part)[4][F]) {
     const int group = warpgroup::groupid(), column = warpgroup::laneid();
@@ -336,6 +394,7 @@ template <class P> __device__ static inline void save_state(acc (&w1)[P::SL], ac
     if (group == 0 && base == 0 && column < F) to.b2[size_t(head) * F + column] = b.b2[column];
 }
 
+// A checkpoint: W1 and W2 of a slice, one after the other, through the place where X2 and D1 will lie.
 template <class P> __device__ static inline void keep(acc (&w1)[P::SL], acc (&w2)[P::SL], const Biases<P::HS> &b, Slice *slices,
                                                       const Checkpoints &to, size_t group_of_steps) {
     const int group = warpgroup::groupid(), column = warpgroup::laneid(), base = cluster_ctarank() * P::HS;
@@ -491,7 +550,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP>::TH
 
 template <int TP> static int launch_forward(const Forward &g, int B, cudaStream_t stream) {
     constexpr size_t bytes = sizeof(ForwardShared<Plan<TP>>);
-    static_assert(bytes <= 227 * KB, "");
+    static_assert(bytes <= Plan<TP>::SHARED_KB * KB && Plan<TP>::SHARED_KB <= 227, "the tiles want more shared memory than the table says");
     cudaFuncSetAttribute(ttt_forward_kernel<TP>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     ttt_forward_kernel<TP><<<dim3(TP, g.H, B), Plan<TP>::THREADS, bytes, stream>>>(g);
     return cudaGetLastError();
@@ -509,7 +568,8 @@ extern "C" __attribute__((visibility("default"))) int ttt_forward(
 // ---------------------------------------------------------------------------------------------------- backward
 template <int TP_> struct BackwardPlan {
     static constexpr int TP = TP_, HS = SLICES / TP, SL = 1, NL = HS, JUDGE = NL, TEAM = NL + 1, THREADS = 128 * (NL + 2);
-    static constexpr int LEARNER = TP == 2 ? 192 : 240, NORM = TP == 2 ? 104 : 216, PRODUCER = TP == 2 ? 24 : 40;
+    static constexpr int LEARNER = TP == 2 ? 192 : 240, JUDGES = TP == 2 ? 104 : 216, PRODUCER = TP == 2 ? 24 : 40, SHARED_KB = TP == 2 ? 224 : 186;
+    static_assert(NL * LEARNER + JUDGES + PRODUCER <= pool(NL + 2), "the warpgroups want more registers than the kernel has");
 };
 struct Backward {
     tokens q, k, v, dout;
@@ -552,6 +612,7 @@ __device__ static inline void add_columns(float (*sum)[F], float2 &held, float2 
     }
     if (lane() < 4) sum[quarter()][c] += x.x, sum[quarter()][c + 1] += x.y;
 }
+// (B) z <- dZb2, the gradient on the output's Z2, as in backward_of_read; gamma and beta collect their sums.
 template <class Shared> __device__ static inline void backward_of_read_norm(acc &z, Shared &s, float eps) {
     float r[2], along_1[2] = {}, along_xh[2] = {};
     float2 held_gamma, held_beta;
@@ -570,6 +631,7 @@ template <class Shared> __device__ static inline void backward_of_read_norm(acc 
         xh = {r[half] * (D.x * g.x - along_1[half] - xh.x * along_xh[half]), r[half] * (D.y * g.y - along_1[half] - xh.y * along_xh[half])};
     });
 }
+// (D) z: dG2 -> dZ2, through G2 = eta J[p], as in backward_of_step; dv takes the place of v, deta goes out. Z2 is read again in every pass.
 template <class Shared> __device__ static inline void backward_of_error(acc &z, const float2 *z2, Shared &s, const float (&eta)[2], float (&deta)[2], float eps) {
     float mean[2] = {}, r[2] = {}, p_1[2] = {}, p_xh[2] = {}, U_1[2] = {}, U_xh[2] = {}, U_L[2] = {}, h_1[2] = {}, h_xh[2] = {};
     float2 held_gamma, held_beta;
@@ -688,7 +750,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
             }
         }
     } else if (role == P::JUDGE) {                                                    // ---- judge
-        if constexpr (P::NORM > 65536 / P::THREADS / 8 * 8) warpgroup::increase_registers<P::NORM>(); else warpgroup::decrease_registers<P::NORM>();
+        if constexpr (P::JUDGES > 65536 / P::THREADS / 8 * 8) warpgroup::increase_registers<P::JUDGES>(); else warpgroup::decrease_registers<P::JUDGES>();
         const int column = warpgroup::laneid();
         acc z;
         if (column < F) s.dbias.b2[column] = g.dlast.b2[size_t(head) * F + column];
@@ -725,7 +787,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 step_sizes(eta, g.eta, head, t, g.L);
                 wait_full(s.asked, n);
                 team.barrier();
-                // 2
+                // 2 Zb2, its LayerNorm, back to dZb2
                 warpgroup::mm_AB(z, s.a[0], s.W.w2[0]);
                 #pragma unroll
                 for (int j = 1; j < P::HS; j++) warpgroup::mma_AB(z, s.a[j], s.W.w2[j]);
@@ -742,7 +804,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                     s.bias.b2[column] = saved[t - start].b.b2[column];
                 }
                 team.barrier();
-                // 4                                                                  //@ b[*] == t, W[*] == t + 1
+                // 4 dq = dout + dZb1 W1^T                                            //@ b[*] == t, W[*] == t + 1
                 warpgroup::mm_ABt(z, s.b[0], s.W.w1[0]);
                 #pragma unroll
                 for (int j = 1; j < P::HS; j++) warpgroup::mma_ABt(z, s.b[j], s.W.w1[j]);
@@ -763,7 +825,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 wait_full(s.kv, i);
                 wait_full(s.back, n);
                 team.barrier();
-                // 7
+                // 7 dG2 = -(X2 dW2 + N W2 + db2), through the LayerNorm's second order
                 warpgroup::mm_AB(z, s.saved[0].x2, s.dW.w2[0]);
                 warpgroup::mma_AB(z, s.a[0], s.W.w2[0]);
                 #pragma unroll
@@ -783,7 +845,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 team.barrier();
                 if (column < F) s.dbias.b2[column] += add_parts(s.part[P::HS], column);
                 team.barrier();
-                // 9                                                                  //@ g1[*] == t, dW[*] == t, b[*] == -t - 1, W[*] == t
+                // 9 dk = D1 dW1^T + dZ1 W1^T - dv                                    //@ g1[*] == t, dW[*] == t, b[*] == -t - 1, W[*] == t
                 warpgroup::mm_ABt(z, s.saved[0].g1, s.dW.w1[0]);
                 warpgroup::mma_ABt(z, s.b[0], s.W.w1[0]);
                 #pragma unroll
@@ -855,7 +917,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
             signal_full(s.replayed, groups - 1 - group);
             negate(w1[0]), negate(w2[0]);
             for (int t = end - 1; t >= start; t--, n++) {
-                // 1
+                // 1 hidden, of q, at the updated W: Xb2 and gelu'
                 wait_full(s.asked, n);
                 warpgroup::mm_AB(z, s.q, s.W.w1[role]);
                 warpgroup::mma_async_wait();
@@ -868,7 +930,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 to_async_proxy();
                 learner.barrier();
                 learner.barrier();
-                // 3                                                                  //@ u == t, W == t + 1, a == t, b == t + 1000; b := t
+                // 3 dZb1 = (dZb2 W2^T) gelu'; dW2 += Xb2^T dZb2, dW1 += q^T dZb1     //@ u == t, W == t + 1, a == t, b == t + 1000; b := t
                 warpgroup::mm_ABt(z, s.u, s.W.w2[role]);
                 warpgroup::mma_AtB(d2[0], s.a[role], s.u);
                 warpgroup::mma_async_wait<1>();
@@ -886,7 +948,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 learner.barrier();
                 signal_empty(s.asked, n);
                 learner.barrier();
-                // 5
+                // 5 rewind: W <- W - (what the step added), held negated so that products only add
                 wait_full(s.kv, i);
                 wait_full(s.back, n);
                 warpgroup::mma_AtB(w1[0], s.k, s.saved[role].g1);
@@ -899,7 +961,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 if (column < F) s.bias.b1[role][column] = saved[t - start].b.b1[role][column];
                 to_async_proxy();
                 warpgroup::sync(mine);
-                // 6                                                                  //@ k == t, g1 == t, x2 == t, g2 == t; W := t, dW := t
+                // 6 A1 = k dW1 + db1 = -dG1; a: N = -dM = A1 gelu'; b: what G1 = M gelu' leaves on Z1//@ k == t, g1 == t, x2 == t, g2 == t; W := t, dW := t
                 warpgroup::mm_AB(z, s.k, s.W.w1[role]);
                 warpgroup::mma_async_wait();
                 each(z, [&](float2 &x, int, int half, int c) {
@@ -926,7 +988,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 to_async_proxy();
                 learner.barrier();
                 learner.barrier();
-                // 8                                                                  //@ g2 == t, dW == t, u == -t - 1, W == t, a == -t - 1, x2 == t, c == t, b == t + 2000; b := -t - 1
+                // 8 dZ1 = (dX2) gelu' + b; dW2 += N^T D2 + X2^T dZ2, dW1 += k^T dZ1  //@ g2 == t, dW == t, u == -t - 1, W == t, a == -t - 1, x2 == t, c == t, b == t + 2000; b := -t - 1
                 warpgroup::mm_ABt(z, s.g2, s.dW.w2[role]);
                 warpgroup::mma_ABt(z, s.u, s.W.w2[role]);
                 warpgroup::mma_AtB(d2[0], s.a[role], s.g2);
@@ -957,7 +1019,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
 
 template <int TP> static int launch_backward(const Backward &g, int B, cudaStream_t stream) {
     constexpr size_t bytes = sizeof(BackwardShared<BackwardPlan<TP>>);
-    static_assert(bytes <= 227 * KB, "");
+    static_assert(bytes <= BackwardPlan<TP>::SHARED_KB * KB && BackwardPlan<TP>::SHARED_KB <= 227, "the tiles want more shared memory than the table says");
     cudaFuncSetAttribute(ttt_backward_kernel<TP>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     ttt_backward_kernel<TP><<<dim3(TP, g.H, B), BackwardPlan<TP>::THREADS, bytes, stream>>>(g);
     return cudaGetLastError();
