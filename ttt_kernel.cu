@@ -80,7 +80,8 @@ using token_rows = gl<bf16, -1, -1, -1, F, st_bf<16, F>>;
 //   vectors, barriers                      7      6      4                 8      6      (static_asserts below hold both)
 //   at most                              223    190    176               224    186      64 fp32 of W, 64 of dW, 32 of the product at hand
 //
-// A registers' pool is what the kernel is launched with; asking for more than is there would wait for ever.
+// The pool of registers is what the kernel is launched with; asking for more than is there would wait for ever. What does not fit spills:
+// nothing in forward TP 2 and 4, up to 240 bytes a thread in forward TP 1 and backward TP 4, 2.2 KB in backward TP 2 (SPILLS in test_ttt.py).
 constexpr int pool(int groups) { return 65536 / (128 * groups) / 8 * 8 * groups; }
 
 // HS slices a multiprocessor, SL a learner, NL learners. JUDGE is the warpgroup that does the LayerNorms, TEAM who meets at its barrier.
