@@ -2327,6 +2327,676 @@ def test_on_a_gpu_a_kernel_does_not_drift_over_ten_thousand_mini_batches(backend
 
 
 # ----------------------------------------------------------------------------------------------------
+# The CUDA kernel without a GPU: its arithmetic, emulated with the rounding points and the shards of ttt_kernel.cu
+# ----------------------------------------------------------------------------------------------------
+
+
+def bf16(x):
+    """What a matrix product on tensor cores reads."""
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def gelu_and_slopes(x):
+    return [y.clone() for y in gelu_derivatives(x, order=2)]
+
+
+class Emulated:
+    """ttt_kernel.cu in torch: state, statistics and sums in fp32, operands of products in bf16, E cut over `tp` shards.
+
+    The arguments are those of ttt_minute.mlp_scan. `rounded=False` in float64 leaves the algorithm alone: it must then be exact, rewinding included.
+    """
+
+    def __init__(self, q, k, v, eta, gamma, beta, W1, b1, W2, b2, eps, every, tp, rounded=True, dtype=torch.float32):
+        self.tp, self.every, self.eps, self.R = tp, every, eps, bf16 if rounded else (lambda x: x)
+        B, H, self.L, _ = q.shape
+        self.videos, self.first = B, [x.to(dtype).flatten(0, 1) for x in (W1, b1[:, :, None], W2, b2[:, :, None])]
+        self.q, self.k, self.v, self.eta = (self.cut(x.to(dtype)) for x in (q, k, v, eta[..., None]))
+        self.gamma, self.beta = (x.to(dtype)[:, None].repeat(B, 1, 1) for x in (gamma, beta))
+
+    def cut(self, x):
+        """[B, H, L, .] -> [M, B H, 64, .]; what lies behind the end reads as zeros, eta included, as TMA fills it in."""
+        return rearrange(F.pad(x, (0, 0, 0, -self.L % 64)), "B H (M b) F -> M (B H) b F", b=64)
+
+    def join(self, x):
+        return rearrange(x, "M (B H) b F -> B H (M b) F", B=self.videos)[:, :, :self.L]
+
+    def shards(self, *pairs):
+        """The sum over the cluster: every shard adds its own products, then the shards are added in their order."""
+        total = 0
+        for rank in range(self.tp):
+            own = [(x.chunk(self.tp, dim=-1)[rank], w.chunk(self.tp, dim=-2)[rank]) for x, w in pairs]
+            total = total + sum(x @ w for x, w in own)
+        return total
+
+    def normalise(self, Z):
+        Z = Z - Z.mean(-1, keepdim=True)
+        r = torch.rsqrt(Z.square().mean(-1, keepdim=True) + self.eps)
+        return Z * r, r
+
+    def learn(self, W, t):
+        """Steps 1 to 5 at mini-batch t: the new W, and the tiles that a backward pass saves (D1 = -G1, D2 = -G2)."""
+        R, (W1, b1, W2, b2), k = self.R, W, self.k[t]
+        X2, slope, _ = gelu_and_slopes(k @ R(W1) + b1)
+        X2, slope = R(X2), R(slope)
+        Z2 = self.shards((X2, R(W2))) + b2
+        xh, r = self.normalise(Z2)
+        p = self.gamma * (self.gamma * xh + self.beta - (self.v[t] - k))
+        D2 = -self.eta[t] * r * (p - p.mean(-1, keepdim=True) - xh * (p * xh).mean(-1, keepdim=True))
+        D1 = (R(D2) @ R(W2).mT) * slope
+        new = W1 + k.mT @ R(D1), b1 + D1.sum(-2, keepdim=True), W2 + X2.mT @ R(D2), b2 + D2.sum(-2, keepdim=True)
+        return new, (X2, R(D1), R(D2), Z2)
+
+    def read(self, W, t):
+        R, (W1, b1, W2, b2) = self.R, W
+        X2 = R(F.gelu(self.q[t] @ R(W1) + b1, approximate="tanh"))
+        xh, _ = self.normalise(self.shards((X2, R(W2))) + b2)
+        return R(self.q[t] + self.gamma * xh + self.beta)
+
+    def forward(self):
+        W, out, self.kept = self.first, [], []
+        for t in range(len(self.q)):
+            if t % self.every == 0:
+                self.kept.append(W)
+            W, _ = self.learn(W, t)
+            out.append(self.read(W, t))
+        return self.join(torch.stack(out)), [w.reshape(self.videos, -1, *w.shape[1:]) for w in W]
+
+    def backward(self, dout, dW):
+        """Gradients of q, k, v, eta, gamma, beta (by video) and the first W, by replaying and rewinding each group; `drift` is how far a
+        rewound W is from the one it was."""
+        R, gamma, mean = self.R, self.gamma, lambda x: x.mean(-1, keepdim=True)
+        D = self.cut(dout.to(self.q.dtype))
+        dq, dk, dv, deta = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.eta))
+        dgamma, dbeta = torch.zeros_like(gamma), torch.zeros_like(gamma)
+        d1, c1, d2, c2 = (x.to(self.q.dtype).reshape(w.shape).clone() for x, w in zip(dW, self.first))
+        over = lambda x: x.sum(-2, keepdim=True)
+        self.drift = 0
+        for start in reversed(range(0, len(self.q), self.every)):
+            W, saved, biases = self.kept[start // self.every], {}, {}
+            steps = range(start, min(start + self.every, len(self.q)))
+            for t in steps:
+                biases[t] = W[1], W[3]
+                W, saved[t] = self.learn(W, t)
+            for t in reversed(steps):
+                X2, D1, D2, Z2 = saved[t]
+                k, q, eta = self.k[t], self.q[t], self.eta[t]
+                W1, b1, W2, b2 = W
+                # 1-4: the output branch, at the updated W
+                Xb, slope, _ = gelu_and_slopes(q @ R(W1) + b1)
+                Xb, slope = R(Xb), R(slope)
+                xh, r = self.normalise(self.shards((Xb, R(W2))) + b2)
+                dgamma, dbeta, p = dgamma + over(D[t] * xh), dbeta + over(D[t]), D[t] * gamma
+                U2 = r * (p - mean(p) - xh * mean(p * xh))
+                U1 = (R(U2) @ R(W2).mT) * slope
+                d1, c1 = d1 + q.mT @ R(U1), c1 + over(U1)
+                d2, c2 = d2 + Xb.mT @ R(U2), c2 + over(U2)
+                dq[t] = D[t] + self.shards((R(U1), R(W1).mT))
+                # 5: rewind
+                W1, W2, (b1, b2) = W1 - k.mT @ D1, W2 - X2.mT @ D2, biases[t]
+                W = W1, b1, W2, b2
+                # 6: through the update and the inner gradient
+                _, slope, bend = gelu_and_slopes(k @ R(W1) + b1)
+                slope, bend = R(slope), R((D2 @ R(W2).mT) * R(bend))
+                A1 = k @ R(d1) + c1
+                N, Z1 = R(A1 * slope), R(A1 * bend)
+                # 7: the second order of the LayerNorm
+                dG = -(self.shards((X2, R(d2)), (N, R(W2))) + c2)
+                xh, r = self.normalise(Z2)
+                e = gamma * xh + self.beta - (self.v[t] - k)
+                p = gamma * e
+                s = mean(p * xh)
+                G = r * (p - mean(p) - xh * s)
+                deta[t], U = (dG * G).sum(-1, keepdim=True), eta * dG
+                u, along = mean(U * xh), mean(U * G)
+                w = r * (U - mean(U) - xh * u)
+                h = gamma * gamma * w
+                dZ2 = r * (h - mean(h) - xh * mean(h * xh) - s * w - u * G - xh * along)
+                dgamma, dbeta, dv[t] = dgamma + over(w * (e + gamma * xh)), dbeta + over(gamma * w), R(-gamma * w)
+                # 8, 9: through the first forward pass
+                dZ1 = (D2 @ R(d2).mT + R(dZ2) @ R(W2).mT) * slope + Z1
+                dk[t] = self.shards((D1, R(d1).mT), (R(dZ1), R(W1).mT)) - dv[t]
+                d1, c1 = d1 + k.mT @ R(dZ1), c1 + over(dZ1)
+                d2, c2 = d2 + N.mT @ D2 + X2.mT @ R(dZ2), c2 + over(dZ2)
+            old = self.kept[start // self.every]
+            self.drift = max(self.drift, *(relative(w, o) for w, o in zip(W, old) if w.shape[-2] > 1))
+        by_video = lambda x, shape: rearrange(x, "(B H) a b -> B H a b", B=self.videos).reshape(shape)
+        return [self.join(R(dq)), self.join(R(dk)), self.join(dv), self.join(deta)[..., 0],
+                *(by_video(x, (self.videos, -1, x.shape[-1])) for x in (dgamma, dbeta)), *(by_video(x, w.shape) for x, w in zip((d1, c1, d2, c2), dW))]
+
+
+def chip_inputs(B, H, L, std=0.02, eta_base=0.1, seed=0):
+    """What TTT feeds the scan, as the kernel reads it: q, k, v in bf16, all else in fp32; here in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    W = [std * normal(B, H, 64, 256), std / 10 * normal(B, H, 256), std * normal(B, H, 256, 64), std / 10 * normal(B, H, 64)]
+    q, k = (bf16(F.normalize(normal(B, H, L, 64), dim=-1)) for _ in "qk")
+    v = bf16(k + F.layer_norm(normal(B, H, L, 64), (64,)))
+    eta = eta_base * torch.sigmoid(normal(B, H, L) / 2) / (64 * 64)
+    return [q, k, v, *(x.float().double() for x in (eta, 1 + 0.1 * normal(H, 64), 0.1 * normal(H, 64), *W))]
+
+
+KERNEL_NAMES = ["q", "k", "v", "eta", "ln_gamma", "ln_beta", "W1", "b1", "W2", "b2"]
+
+
+def kernel_truth(inputs, backend="dual"):
+    """The naive dual form in float64 (or another backend): output, last weights, gradients of a loss over both, and that loss's."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out, last = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    dout, *dlast = [bf16(torch.randn(x.shape, generator=generator, dtype=torch.float64)) for x in (out, *last)]
+    return out.detach(), [w.detach() for w in last], torch.autograd.grad([out, *last], leaves, [dout, *dlast]), dout, dlast
+
+
+def chip_errors(inputs, out, last, gradients, truth):
+    """Relative errors by name: of what the scan adds to q, of how far W moved, of every gradient."""
+    true_out, true_last, true_gradients, *_ = truth
+    errors = {"out": relative(out.double() - inputs[0], true_out - inputs[0])}
+    errors |= {f"moved {name}": relative(w.double().reshape(x.shape) - x, t - x) for name, w, t, x in zip(KERNEL_NAMES[6:], last, true_last, inputs[6:])}
+    return errors | {f"d {name}": relative(g.double().sum(0) if g.ndim > t.ndim else g.double(), t) for name, g, t in zip(KERNEL_NAMES, gradients, true_gradients)}
+
+
+def assert_within_gates(errors):
+    for name, error in errors.items():
+        assert error <= (2e-2 if name.startswith("d ") else 5e-3), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("tp, every, L", [(1, 16, 200), (2, 1, 200), (2, 3, 449), (4, 3, 200), (4, 16, 64), (2, 16, 1)])
+def test_the_kernels_algorithm_is_exact_in_float64(tp, every, L):
+    """Shards, replay and rewinding change nothing: the closed-form backward, walked back from W at the end of a group."""
+    inputs = chip_inputs(2, 2, L, std=0.1, eta_base=12.0)
+    truth = kernel_truth(inputs)
+    emulated = Emulated(*inputs, 1e-8, every, tp, rounded=False, dtype=torch.float64)
+    errors = chip_errors(inputs, *emulated.forward(), emulated.backward(*truth[3:]), truth)
+    assert max(errors.values()) < 1e-12 and emulated.drift < 1e-14
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("every, L, std, eta_base", [(16, 1024, 0.02, 0.1), (3, 449, 0.02, 0.1), (1, 200, 0.02, 0.1), (16, 1024, 0.2, 12.0)])
+def test_the_kernels_rounding_stays_within_the_gates(tp, every, L, std, eta_base):
+    """bf16 operands, all else in fp32, against float64: output and change of W within 5e-3, gradients within 2e-2, rewinding within 1e-6."""
+    inputs = chip_inputs(1, 2, L, std, eta_base)
+    truth = kernel_truth(inputs)
+    emulated = Emulated(*inputs, 1e-8, every, tp)
+    assert_within_gates(chip_errors(inputs, *emulated.forward(), emulated.backward(*truth[3:]), truth))
+    assert emulated.drift < 1e-6
+
+
+def test_a_state_in_bf16_or_another_epsilon_would_leave_the_gates():
+    """What the gates are for: both are ways in which a kernel can go wrong and still look right."""
+    inputs = chip_inputs(1, 1, 1024)
+    truth = kernel_truth(inputs)
+
+    class Forgetful(Emulated):
+        def learn(self, W, t):
+            new, saved = super().learn(W, t)
+            return tuple(bf16(w) for w in new), saved
+
+    for wrong in Forgetful(*inputs, 1e-8, 16, 2), Emulated(*inputs, 1e-6, 16, 2):
+        errors = chip_errors(inputs, *wrong.forward(), wrong.backward(*truth[3:]), truth)
+        with pytest.raises(AssertionError):
+            assert_within_gates(errors)
+
+
+@pytest.fixture(scope="module")
+def emulated_op():
+    """The operator of the kernel, with the emulation in the kernel's place on a CPU."""
+    def forward(q, k, v, eta, gamma, beta, W1, b1, W2, b2, eps, every, tp):
+        emulated = Emulated(q, k, v, eta, gamma, beta, W1, b1, W2, b2, eps, every, tp)
+        out, last = emulated.forward()
+        kept = list(zip(*emulated.kept))
+        tiles = [rearrange(torch.stack(kept[0]), "G (B H) F (s c) -> B H G s F c", s=4, B=len(q)), rearrange(torch.stack(kept[2]), "G (B H) (s c) F -> B H G s c F", s=4, B=len(q))]
+        biases = rearrange(torch.cat([torch.stack(kept[1]), torch.stack(kept[3])], -1), "G (B H) one E -> B H G (one E)", B=len(q)).contiguous()
+        return out.to(q.dtype), *(w.reshape(x.shape).clone() for w, x in zip(last, (W1, b1, W2, b2))), torch.stack([t.flatten(-2) for t in tiles], 4).contiguous(), biases
+
+    def backward(q, k, v, eta, gamma, beta, dout, dlast, kept_W, kept_b, eps, every, tp):
+        W1 = rearrange(kept_W[:, :, :, :, 0], "B H G s (F c) -> G B H F (s c)", c=64)
+        W2 = rearrange(kept_W[:, :, :, :, 1], "B H G s (c F) -> G B H (s c) F", F=64)
+        b1, b2 = rearrange(kept_b, "B H G E -> G B H E").split([256, 64], dim=-1)
+        emulated = Emulated(q, k, v, eta, gamma, beta, W1[0], b1[0], W2[0], b2[0], eps, every, tp)
+        emulated.kept = [tuple(x.flatten(0, 1) for x in (w1, c1[:, :, None], w2, c2[:, :, None])) for w1, c1, w2, c2 in zip(W1, b1, W2, b2)]
+        return tuple(g.to(x.dtype).contiguous() for g, x in zip(emulated.backward(dout, dlast), (q, k, v, eta, eta, eta, *dlast)))
+
+    ttt_minute.mlp_scan.register_kernel("cpu")(forward)
+    ttt_minute.mlp_scan_backward.register_kernel("cpu")(backward)
+
+
+def kernel_dtypes(inputs, device="cpu"):
+    return [x.to(device, torch.bfloat16 if name in "qkv" else torch.float32) for name, x in zip(KERNEL_NAMES, inputs)]
+
+
+def test_the_operator_hands_every_tensor_and_gradient_to_its_place(emulated_op, monkeypatch):
+    """ttt_scan's path to the kernel and back with the emulation in its place: weights shared by videos, gradients through both results."""
+    monkeypatch.setattr(ttt_minute, "cuda_refusal", lambda *_: None)
+    monkeypatch.setattr(ttt_minute, "load_kernel", lambda: None)
+    inputs = chip_inputs(2, 2, 200, std=0.05, eta_base=1.0)
+    inputs[6:] = [w[0] for w in inputs[6:]]
+    truth = kernel_truth(inputs)
+    leaves = [x.requires_grad_() for x in kernel_dtypes(inputs)]
+    out, last = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend="cuda", checkpoint=3)
+    assert out.dtype == torch.bfloat16 and {w.dtype for w in last} == {torch.float32}
+    gradients = torch.autograd.grad([out, *last], leaves, [truth[3].to(out.dtype), *(d.float() for d in truth[4])])
+    assert [g.dtype for g in gradients] == [x.dtype for x in leaves]
+    assert relative(out.double(), truth[0]) < 5e-3
+    for name, mine, true in zip(KERNEL_NAMES, gradients, truth[2]):
+        assert mine.shape == true.shape and relative(mine.double(), true) < 2e-2, name
+    _, last = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend="cuda", checkpoint=3)
+    _, expected = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend="torch")
+    mine, theirs = (torch.autograd.grad(w[0].square().sum(), leaves[1])[0].float() for w in (last, expected))      # nothing comes through the output
+    assert relative(mine, theirs) < 2e-2
+
+
+def test_the_operators_shapes_are_known_without_running_it(emulated_op):
+    inputs = kernel_dtypes(chip_inputs(1, 2, 130))
+    torch.library.opcheck(ttt_minute.mlp_scan, (*inputs, 1e-8, 2, 2), test_utils=("test_schema", "test_faketensor"))
+    kept = ttt_minute.mlp_scan(*inputs, 1e-8, 2, 2)[5:]
+    torch.library.opcheck(ttt_minute.mlp_scan_backward, (*inputs[:6], inputs[0], inputs[6:], *kept, 1e-8, 2, 2), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(kind="linear"), "knows TTT-MLP"), (dict(width=32), "width 32"), (dict(mini_batch=16), "16 tokens"), (dict(q=torch.float32), "q is float32"),
+    (dict(v="strided"), r"v .* is not contiguous"), (dict(k="shifted"), "k does not begin"), (dict(eta=torch.float64), "fp32"), ({}, "on cpu")])
+def test_what_the_kernel_cannot_take_is_said_in_one_sentence(change, message):
+    change, width = dict(change), change.get("width", 64)
+    kind, mini_batch = change.get("kind", "mlp"), change.get("mini_batch", 64)
+    weights, inputs = scan_inputs(kind, B=2, H=2, L=70, width=width, dtype=torch.float32)
+    named = dict(zip(KERNEL_NAMES, kernel_dtypes(inputs)))
+    for name in "q", "k", "v", "eta":
+        how = change.get(name)
+        if isinstance(how, torch.dtype):
+            named[name] = named[name].to(how)
+        elif how == "strided":
+            named[name] = named[name].mT.contiguous().mT
+        elif how == "shifted":
+            named[name] = torch.zeros(named[name].numel() + 1, dtype=named[name].dtype)[1:].view(named[name].shape)
+    with pytest.raises(UserError, match="ttt_scan: backend cuda: .*" + message) as error:
+        ttt_scan(kind, weights, *named.values(), mini_batch, backend="cuda")
+    assert "\n" not in str(error.value)
+
+
+def test_a_kernel_that_cannot_be_built_says_what_is_missing(tmp_path, monkeypatch):
+    """No compiler, no headers, headers of another commit, a build that fails: one sentence each; and auto never takes the kernel."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin") + ":" + os.environ["PATH"])
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="needs nvcc"):
+        ttt_minute.build_kernel()
+    monkeypatch.setattr(shutil, "which", which)
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\ncase \"$*\" in --version) echo nvcc 99;; *) echo no such thing; exit 1;; esac\n")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("THUNDERKITTENS_ROOT", raising=False)
+    with pytest.raises(UserError, match="set THUNDERKITTENS_ROOT"):
+        ttt_minute.build_kernel()
+    root = tmp_path / "kittens"
+    monkeypatch.setenv("THUNDERKITTENS_ROOT", str(root))
+    with pytest.raises(UserError, match="no include/kittens.cuh"):
+        ttt_minute.build_kernel()
+    (root / "include").mkdir(parents=True)
+    (root / "include" / "kittens.cuh").write_text("")
+    with pytest.raises(UserError, match="could not build ttt_kernel.cu; what it said is in ") as error:
+        ttt_minute.build_kernel()
+    assert "no such thing" in Path(str(error.value).split(" is in ")[1]).read_text() and not list(tmp_path.rglob("*.so"))
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in ["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "other"]:
+        subprocess.run(["git", "-C", root, *command], check=True)
+    with pytest.raises(UserError, match="is at commit .* written for 0b55588d"):
+        ttt_minute.build_kernel()
+    weights, inputs = scan_inputs("mlp", L=9)
+    monkeypatch.setattr(ttt_minute, "scan_on_chip", lambda *_: pytest.fail("auto took the kernel"))
+    ttt_scan("mlp", weights, *inputs, 8)
+
+
+SPILLS = {"ttt_forward_kernel<1>": 240, "ttt_backward_kernel<2>": 2300, "ttt_backward_kernel<4>": 240}      # bytes of spill loads, at most
+
+
+@pytest.fixture(scope="module")
+def kernel_build(tmp_path_factory):
+    if not shutil.which("nvcc") or not os.environ.get("THUNDERKITTENS_ROOT"):
+        pytest.skip("building the kernel needs nvcc on PATH and ThunderKittens' headers in THUNDERKITTENS_ROOT")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return ttt_minute.build_kernel()
+
+
+def test_the_kernel_builds_and_spills_no_more_than_it_says(kernel_build):
+    """static_asserts hold the shared memory and the registers to their budget; the compiler's own log holds what it made of them."""
+    log = kernel_build.with_suffix(".log").read_text()
+    kernels = re.findall(r"Function properties for _Z\d+(\w+_kernel)ILi(\d)E.*?\n\s+\d+ bytes stack frame, \d+ bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(kernels) == 5
+    for name, tp, spilled in kernels:
+        assert int(spilled) <= SPILLS.get(f"{name}<{tp}>", 0), (name, tp)
+    assert not re.findall("C75(?:07|08|09|10|12)", log)       # registers not handed over; products one after the other
+    import ctypes
+    library = ctypes.CDLL(str(kernel_build))                  # no libcuda is linked: it loads without a driver
+    assert library.ttt_forward and library.ttt_backward
+    library.ttt_scratch_bytes.restype = ctypes.c_size_t
+    assert [library.ttt_scratch_bytes(tp) for tp in (2, 4)] == [ttt_minute.scratch_bytes(tp) for tp in (2, 4)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The CUDA kernel without a GPU: who waits for whom, read from its source and tried in every order
+# ----------------------------------------------------------------------------------------------------
+
+KERNEL = Path(ttt_minute.__file__).with_name("ttt_kernel.cu")
+OWN = {"x2", "g1", "W", "dW", "a", "b", "c", "stored"}                # tiles of which every learner has its own
+
+
+def c_expression(text, env):
+    """The value of a small C++ expression; `x++` counts on."""
+    post = re.findall(r"(\w+)\+\+", text)
+    value = eval(re.sub(r"(\w+)\+\+", r"\1", text).replace("P::", "").replace("g.every", "every").replace("/", "//"), {"min": min}, env)
+    for name in post:
+        env[name] += 1
+    return value
+
+
+def kernel_roles(source, name):
+    """Lines of each role of a kernel, by the name in its `// ---- role` mark, and the counts its rings were given."""
+    body = source[source.index(f" {name}(const"):]
+    body = body[:body.index("\n}\n")]
+    roles = {role: text.splitlines() for role, text in re.findall(r"// ---- (\w+)\n(.*?)(?=\n    } else|\n    }\n    everyone)", body, re.S)}
+    return roles, {ring: counts for ring, *counts in re.findall(r"init_ring\(s\.(\w+), (.*?), (.*?)\);", body)}
+
+
+def block_end(lines, start):
+    """The line after the block that line `start` opens, or after the line itself."""
+    depth = 0
+    for i in range(start, len(lines)):
+        depth += lines[i].split("//")[0].count("{") - lines[i].split("//")[0].count("}")
+        if depth <= 0:
+            return i + 1
+    raise ValueError(f"no end of the block {lines[start]}")
+
+
+def run_role(lines, env, role, learners, slots, ops):
+    """Follows the source of one role and appends what it does to `ops`: waits, signals, team barriers, loads, reads and writes."""
+    def places(text):                                         # k[t % STAGES], x2[*], W[*][now] -> [(name, learner, slot)]
+        name, *index = re.findall(r"^\w+|\[.*?\]", text.strip())
+        index = [i[1:-1] for i in index]
+        everyone = index[:1] == ["*"]
+        slot = c_expression(index[-1], env) if index and index[-1] != "*" else 0
+        return [(name, i, slot) for i in (range(learners) if everyone else [role])] if name in OWN else [(name, None, slot)]
+
+    i = 0
+    while i < len(lines):
+        line, end = lines[i], block_end(lines, i)
+        code, _, tag = line.partition("//@")
+        loop = re.match(r"\s*for \(int (\w+) = (.*?); \w+ (<|>=) (.*?); .*?(, n\+\+)?\)", code)
+        if loop and re.search(r"wait_|signal_|barrier\(|expect_bytes|//@", "\n".join(lines[i:end])):
+            name, first, up, last, also = loop.groups()
+            first, last = c_expression(first, env), c_expression(last, env)
+            for env[name] in range(first, last) if up == "<" else range(first, last - 1, -1):
+                run_role(lines[i + 1:end - 1], env, role, learners, slots, ops)
+                env["n"] = env.get("n", 0) + bool(also)
+            i = end
+            continue
+        if declared := re.match(r"\s*(?:const )?int ((?:\w+ = [^;]*?)+);", code):
+            for name, value in re.findall(r"(\w+) = ((?:[^,(]|\([^)]*\))*)", declared[1]):
+                try:
+                    env[name] = c_expression(value, env)
+                except (NameError, SyntaxError):
+                    pass                                      # ranks and columns: no wait depends on them
+        if count := re.match(r"\s*(\w)\+\+;", code):
+            env[count[1]] += 1
+        skipped = "role == P::JUDGE" in code and role != 0
+        for what, ring, item in re.findall(r"(wait_full|wait_empty|signal_full|signal_empty)\(s\.(\w+), (.*?)\);", code):
+            item = c_expression(item, env)
+            kind, bar = what.split("_")[0], (ring, what.split("_")[1], item % slots[ring])
+            ops.append((kind, bar, item // slots[ring] % 2 ^ (what == "wait_empty")))
+        if re.search(r"arrier\(\);", code):
+            ops.append(("barrier",))
+        if expect := re.search(r"expect_bytes\(s\.(\w+)\.full\[(.*?)\]", code):
+            loads = [l for l in lines[i + 1:i + 3] if "load_async" in l]
+            ops.append(("expect", (expect[1], "full", c_expression(expect[2], env)), len(loads)))
+        if load := re.search(r"load_async\(.*?s\.(\w+)(\[.*?\])?.*s\.(\w+)\.full\[(.*?)\]\)", code):
+            name, slot, ring, at = load.groups()
+            names = ["x2[*]", "g1[*]"] if name == "saved" else [name + (slot or "")]
+            ops.append(("load", (ring, "full", c_expression(at, env)), tuple((p, env["t"]) for n in names for p in places(n))))
+        if tag and not skipped:
+            uses = re.findall(r"([\w\[\]*% ]+?) (==|:=) ([^,;]+)", tag)
+            reads, writes = (tuple((p, c_expression(v, env)) for n, how, v in uses if how == sign for p in places(n)) for sign in ("==", ":="))
+            ops.append(("use", reads, writes))
+        i += 1
+
+
+def cta_programs(source, name, tp, M, every):
+    """What every warpgroup of one multiprocessor does: {role: operations}, and how many arrivals each barrier waits for."""
+    HS = 4 // tp
+    learners = HS // 2 if tp == 1 and name == "ttt_forward_kernel" else HS
+    forward = name == "ttt_forward_kernel"
+    stages, copies = int(re.search(r"STAGES = (\d+)", source)[1]), 1 if tp == 1 else 2
+    assert re.search(r"COPIES = TP == 1 \? 1 : 2", source)
+    env = dict(TP=tp, NL=learners, TEAM=learners + (not forward), STAGES=stages, COPIES=copies, M=M, every=every, groups=-(-M // every))
+    struct = re.search(r"struct " + ("Forward" if forward else "Backward") + r"Shared \{.*?\n\};", source, re.S)[0]
+    slots = {ring: c_expression(size, env) for size, names in re.findall(r"Ring<(.*?)> (.*?);", struct) for ring in names.split(", ")}
+    roles, counts = kernel_roles(source, name)
+    arrivals = {}
+    for ring, (full, empty) in counts.items():
+        for kind, count in ("full", full), ("empty", empty):
+            for slot in range(slots[ring]):
+                arrivals[ring, kind, slot] = c_expression(count.replace("(TP == 1)", "1").replace("TP - 1", "1"), env)
+    programs = {}
+    for role, lines in roles.items():
+        for index in range(learners) if role == "learners" else [None if role != "judge" else learners]:
+            ops = []
+            run_role(lines, dict(env, role=index), index, learners, slots, ops)
+            programs[role if index is None or role == "judge" else f"learner {index}"] = ops
+    return programs, arrivals
+
+
+def explore(programs, arrivals, limit=2_000_000):
+    """Tries every order in which the warpgroups and the transfers can go on. Returns the number of states, or says what went wrong.
+
+    A barrier completes a phase when its arrivals and its bytes have come; a wait for a parity passes when the phase at hand has the
+    other one, as on the chip. Every read names the contents it expects: a wait that is missing, or that passes a phase too early, is a
+    read of something else in some order. An order in which nobody can go on is a deadlock.
+    """
+    names, programs = list(programs), list(programs.values())
+    team = [i for i, name in enumerate(names) if "learner" in name or name == "judge"]
+    bars = {bar: i for i, bar in enumerate(arrivals)}
+    counts = list(arrivals.values())
+    buffers = {p: i for i, p in enumerate(dict.fromkeys(p for ops in programs for op in ops for p, _ in
+                                                        (op[2] if op[0] == "load" else op[1] + op[2] if op[0] == "use" else ())))}
+    start = tuple([0] * len(programs)), tuple([(0, 0, 0)] * len(bars)), tuple([None] * len(buffers)), ()
+    seen, todo = {start}, [start]
+
+    def arrive(state_bars, bar, come, tx):
+        phase, have, bytes_ = state_bars[bars[bar]]
+        have, bytes_ = have + come, bytes_ + tx
+        assert have <= counts[bars[bar]], f"too many arrivals at {bar}"
+        if have == counts[bars[bar]] and bytes_ == 0:
+            phase, have = phase + 1, 0
+        return state_bars[:bars[bar]] + ((phase, have, bytes_),) + state_bars[bars[bar] + 1:]
+
+    def write(contents, writes):
+        contents = list(contents)
+        for place, version in writes:
+            contents[buffers[place]] = version
+        return tuple(contents)
+
+    while todo:
+        pcs, state_bars, contents, flying = todo.pop()
+        after = [(pcs, arrive(state_bars, bar, 0, -1), write(contents, writes), flying[:i] + flying[i + 1:])
+                 for i, (bar, writes) in enumerate(flying)]
+        at = [ops[pc] if pc < len(ops) else None for ops, pc in zip(programs, pcs)]
+        if team and all(at[i] and at[i][0] == "barrier" for i in team):
+            after.append((tuple(pc + (i in team) for i, pc in enumerate(pcs)), state_bars, contents, flying))
+        for i, op in enumerate(at):
+            if op is None or op[0] == "barrier":
+                continue
+            go = pcs[:i] + (pcs[i] + 1,) + pcs[i + 1:]
+            if op[0] == "wait":
+                if state_bars[bars[op[1]]][0] % 2 != op[2]:
+                    after.append((go, state_bars, contents, flying))
+            elif op[0] == "signal":
+                after.append((go, arrive(state_bars, op[1], 4, 0), contents, flying))
+            elif op[0] == "expect":
+                after.append((go, arrive(state_bars, op[1], 1, op[2]), contents, flying))
+            elif op[0] == "load":
+                after.append((go, state_bars, contents, tuple(sorted(flying + (op[1:],)))))
+            else:
+                for place, version in op[1]:
+                    if contents[buffers[place]] != version:
+                        return f"{names[i]} wants {place} of {version} and finds {contents[buffers[place]]}"
+                after.append((go, state_bars, write(contents, op[2]), flying))
+        if not after and any(at):
+            return "deadlock: " + ", ".join(f"{name} at {op}" for name, op in zip(names, at) if op)
+        for state in after:
+            if state not in seen:
+                seen.add(state)
+                todo.append(state)
+        assert len(seen) < limit, "too many states"
+    return len(seen)
+
+
+def exchange_programs(source, tp, M):
+    """The sum over a cluster of `tp`, M times, from the body of sum_over_cluster: one program a multiprocessor."""
+    body = source[source.index("void sum_over_cluster("):]
+    body = body[:body.index("\n}\n")].splitlines()
+    programs = {}
+    for rank in range(tp):
+        peers, ops = [(rank + i) % tp for i in range(1, tp)], []
+        for n in range(M):
+            for line in body:
+                if wait := re.search(r"wait_peer\(ring\.(\w+)\[0\], (.*)\);", line):
+                    ops.append(("wait", ("sum", wait[1], rank), eval(wait[2], {"n": n})))
+                elif "expect_bytes(ring.full" in line:
+                    ops.append(("expect", ("sum", "full", rank), tp - 1))
+                elif " send(" in line:
+                    ops += [("load", ("sum", "full", peer), ((("from", peer, rank), n),)) for peer in peers]
+                elif "= x.from[" in line:
+                    ops.append(("use", tuple((("from", rank, peer), n) for peer in peers), ()))
+                elif "arrive(ring.empty" in line:
+                    ops += [("signal", ("sum", "empty", peer), 0) for peer in peers]
+        programs[f"rank {rank}"] = ops
+    return programs, {("sum", kind, rank): count for rank in range(tp) for kind, count in (("full", 1), ("empty", 4 * (tp - 1)))}
+
+
+MODELS = [("ttt_forward_kernel", 1), ("ttt_forward_kernel", 2), ("ttt_forward_kernel", 4), ("ttt_backward_kernel", 2), ("ttt_backward_kernel", 4)]
+
+
+@pytest.mark.parametrize("name, tp", MODELS)
+def test_the_kernels_barriers_hold_in_every_order(name, tp):
+    """No deadlock, and nobody reads what is not there yet or no longer, for up to 6 mini-batches in groups of 3."""
+    for M in 1, 2, 3, 6:
+        states = explore(*cta_programs(KERNEL.read_text(), name, tp, M, 3))
+        assert isinstance(states, int), states
+
+
+@pytest.mark.parametrize("tp, M", [(2, 6), (4, 2)])
+def test_the_sum_over_the_cluster_holds_in_every_order(tp, M):
+    states = explore(*exchange_programs(KERNEL.read_text(), tp, M))
+    assert isinstance(states, int), states
+
+
+def without(source, name, line):
+    """The source with one synchronisation taken out of a kernel, or None where that line is not one."""
+    lines = source.splitlines()
+    first = next(i for i, text in enumerate(lines) if f" {name}(" in text)
+    last = next(i for i in range(first, len(lines)) if lines[i] == "}")
+    found = [i for i in range(first, last) if re.match(r"\s*(wait_\w+|signal_\w+|\w+\.barrier|Learner<P>::barrier|tma::cluster::arrive|if \(.*arrive)\(?", lines[i])]
+    return "\n".join(lines[:found[line]] + lines[found[line] + 1:]) + "\n" if line < len(found) else None
+
+
+IMPLIED = "a learner waits for the same and a team barrier follows; it stays, so that who reads what TMA wrote has seen it arrive"
+HARMLESS = {                                                  # what may go without harm between warpgroups, and why it stands there
+    "learners: Learner<P>::barrier();": "orders the warps inside each learner before the first and after the last mini-batch",
+    "producer: wait_empty(s.back, n);": "k and v are given back together with it",
+    "judge: wait_full(s.kv, i);": IMPLIED, "judge: wait_full(s.asked, n);": IMPLIED, "judge: wait_full(s.back, n);": IMPLIED,
+}
+
+
+@pytest.mark.parametrize("name, tp", [("ttt_forward_kernel", 1), ("ttt_forward_kernel", 2), ("ttt_backward_kernel", 2)])
+def test_taking_any_wait_or_signal_out_of_a_kernel_is_noticed(name, tp):
+    source, missed, line = KERNEL.read_text(), [], 0
+    while (changed := without(source, name, line)) is not None:
+        try:
+            fine = isinstance(explore(*cta_programs(changed, name, tp, 4, 2)), int)
+        except AssertionError as error:                       # more arrivals than the barrier counts
+            fine = "arrivals" not in str(error)
+        if fine:
+            at = next(i for i, (a, b) in enumerate(zip(changed.splitlines() + [""], source.splitlines())) if a != b)
+            role = re.findall(r"// ---- (\w+)\n", "\n".join(source.splitlines()[:at]))[-1]
+            missed.append(f"{role}: {source.splitlines()[at].split('//')[0].strip()}")
+        line += 1
+    print(name, tp, f"{line} taken out, {len(missed)} not noticed:", missed)
+    assert line >= 12 and set(missed) <= set(HARMLESS)
+
+
+def test_taking_a_wait_out_of_the_exchange_is_noticed():
+    source = KERNEL.read_text()
+    for wait in "wait_peer(ring.empty[0], n % 2 ^ 1);", "wait_peer(ring.full[0], n % 2);":
+        assert source.count(wait) == 1
+        assert isinstance(explore(*exchange_programs(source.replace(wait, ""), 2, 3)), str)
+    assert isinstance(explore(*exchange_programs(source.replace("ring.full[0], n % 2)", "ring.full[0], n % 2 ^ 1)"), 2, 3)), str)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The CUDA kernel on a Hopper GPU. Not yet run on one.
+# ----------------------------------------------------------------------------------------------------
+
+
+def has_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+hopper = [pytest.mark.hopper, pytest.mark.skipif(not has_hopper(), reason="needs a Hopper GPU (H100, H200)")]
+
+
+def on_chip(inputs, every, tp, patch, dout, dlast):
+    """Output, last weights and gradients by the kernel."""
+    patch.setattr(ttt_minute, "cluster_size", lambda heads: tp)
+    leaves = [x.requires_grad_() for x in kernel_dtypes(inputs, "cuda")]
+    out, last = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend="cuda", checkpoint=every)
+    gradients = torch.autograd.grad([out, *last], leaves, [dout.to(out), *(d.to(w) for d, w in zip(dlast, last))])
+    return [x.detach().cpu() for x in (out, *last, *gradients)]
+
+
+HOPPER_CASES = [(1, 1, 192, 1, 1), (1, 1, 64, 16, 2), (2, 3, 449, 3, 2), (3, 5, 200, 3, 4), (1, 48, 1024, 16, 2), (1, 48, 1000, 16, 4), (1, 2, 600 * 64 - 17, 16, 2),
+                (2, 48, 321, 16, 1), (1, 1, 1, 16, 4)]
+
+
+def spiky_inputs(B, H, L):
+    """Adversarial: large weights and steps, repeated keys, and values a thousand times too large."""
+    inputs = chip_inputs(B, H, L, std=0.5, eta_base=12.0)
+    inputs[1][:, :, ::2] = inputs[1][:, :, :1]
+    inputs[2][:, :, ::7] = bf16(1000 * inputs[2][:, :, ::7])
+    inputs[3][:, :, ::7] /= 1000
+    return inputs
+
+
+class TestOnHopper:
+    pytestmark = hopper
+
+    @pytest.mark.parametrize("B, H, L, every, tp", HOPPER_CASES)
+    def test_the_kernel_is_within_the_gates(self, B, H, L, every, tp, monkeypatch):
+        inputs = chip_inputs(B, H, L)
+        truth = kernel_truth(inputs)
+        results = on_chip(inputs, every, tp, monkeypatch, *truth[3:])
+        assert_within_gates(chip_errors(inputs, results[0], results[1:5], results[5:], truth))
+
+    @pytest.mark.parametrize("make", [chip_inputs, spiky_inputs])
+    @pytest.mark.parametrize("tp", [1, 2, 4])
+    def test_its_error_is_at_most_twice_that_of_the_same_rounding_in_torch(self, make, tp, monkeypatch):
+        inputs = make(1, 4, 1000)
+        truth = kernel_truth(inputs)
+        results, emulated = on_chip(inputs, 16, tp, monkeypatch, *truth[3:]), Emulated(*inputs, 1e-8, 16, tp)
+        theirs = chip_errors(inputs, *emulated.forward(), emulated.backward(*truth[3:]), truth)
+        for name, error in chip_errors(inputs, results[0], results[1:5], results[5:], truth).items():
+            assert error <= 2 * theirs[name] + 1e-4, name
+
+    @pytest.mark.parametrize("tp", [1, 2, 4])
+    def test_repeated_runs_are_bitwise_equal(self, tp, monkeypatch):
+        inputs = chip_inputs(2, 24, 1000)
+        dout, dlast = torch.ones_like(inputs[0]), [torch.ones_like(w) for w in inputs[6:]]
+        first = on_chip(inputs, 16, tp, monkeypatch, dout, dlast)
+        for _ in range(5):
+            assert all(map(torch.equal, first, on_chip(inputs, 16, tp, monkeypatch, dout, dlast)))
+
+
+# ----------------------------------------------------------------------------------------------------
 # What the README promises
 # ----------------------------------------------------------------------------------------------------
 

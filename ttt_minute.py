@@ -35,6 +35,7 @@ Map
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -46,6 +47,7 @@ import os
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -113,7 +115,7 @@ class Config:
     ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
     scan_checkpoint: int = 4        # the backward pass of the scan keeps W every so many mini-batches
     gate_init: float = 0.3          # alpha and beta at the start (eq 6)
-    backend: str = "auto"           # of ttt_scan: auto, triton, torch, dual or autograd
+    backend: str = "auto"           # of ttt_scan: auto, triton, cuda, torch, dual or autograd
 
     # Training (appendix A)
     snr_shift: float = 3.0          # > 1 means more noise; 3 as in CogVideoX-2B, 1 as in CogVideoX-5B
@@ -616,8 +618,9 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     eta         [B, H, L], the full step size of each token
     ln_gamma, ln_beta   [H, F], of the LayerNorm around f
     checkpoint  the backward pass keeps W every so many mini-batches and recomputes in between
-    backend     "autograd" (the definition), "dual" (naive dual form), "torch" (primal form with a closed-form backward);
-                "triton" (one kernel a pass, section K); "auto" takes the fastest that fits, and says which on a GPU
+    backend     "autograd" (the definition), "dual" (naive dual form), "torch" (primal form with a closed-form backward); "triton"
+                (one kernel a pass, section K); "cuda" (ttt_kernel.cu, on Hopper GPUs); "auto" takes the fastest that fits and
+                has proved itself, and says which on a GPU
 
     Returns out [B, H, L, F] in q's dtype, and the last weights in the order of `weights`, with B in front, in fp32
     (float64 for float64). Differentiable in every tensor, through both results. Raises ValueError for a wrong kind or shape, and for
@@ -634,6 +637,8 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     precision, dtype = operand_precision(dtype, q.device.type), torch.promote_types(dtype, eta.dtype)
     backend = choose_backend(backend, kind, width, mini_batch, str(dtype).removeprefix("torch."), precision, str(q.device))
+    if backend == "cuda":
+        return scan_on_chip(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint)
     if backend == "triton":
         return scan_in_triton(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, precision)
     return scan_in_torch(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, backend)
@@ -675,7 +680,7 @@ def scan_in_torch(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini
 
 
 SCAN_AT_ONCE = 1 << 28               # numbers in q: sampling scans more than these in parts, for their copies' sake
-SCAN_BACKENDS = {"autograd": step_autograd, "dual": step_dual, "torch": PrimalScan}     # and KERNELS, in section K
+SCAN_BACKENDS = {"autograd": step_autograd, "dual": step_dual, "torch": PrimalScan}     # and the kernels of section K
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1125,11 +1130,11 @@ def triton_cannot(kind, width, mini_batch, dtype, precision, device):
     return None
 
 
-KERNELS = {"triton": triton_cannot}
+KERNELS = {"triton": triton_cannot}                           # "cuda" joins when it has run
 
 
 def backends():
-    return ["auto", *KERNELS, *SCAN_BACKENDS]
+    return ["auto", *KERNELS, "cuda", *SCAN_BACKENDS]
 
 
 def operand_precision(dtype, device):
@@ -1213,6 +1218,195 @@ def self_check(name, kind, width, mini_batch, precision, device):
 
 
 KERNEL_SCANS = {"triton": scan_in_triton}
+
+
+# ----------------------------------------------------------------------------------------------------
+# K, continued. Skip on first reading: the CUDA kernel
+#
+# ttt_kernel.cu keeps the hidden state of TTT-MLP on chip, spread over a cluster of 1, 2 or 4 multiprocessors of a Hopper GPU
+# (section 3.5 and appendix B). It is built on first use by one call of nvcc and loaded with ctypes: no torch headers, no libcuda.
+# Not yet run on a GPU, so "auto" never takes it: ask for it with backend="cuda".
+# ----------------------------------------------------------------------------------------------------
+
+THUNDERKITTENS = "0b55588d2769dde0c7a9a606ffc015b0ca7a9551"                           # github.com/HazyResearch/ThunderKittens
+GET_THUNDERKITTENS = ("git clone https://github.com/HazyResearch/ThunderKittens, git checkout " + THUNDERKITTENS[:8]
+                      + " inside, and set THUNDERKITTENS_ROOT to that folder")
+NVCC_FLAGS = """-std=c++20 -O3 -DNDEBUG --use_fast_math --expt-relaxed-constexpr --expt-extended-lambda -DKITTENS_HOPPER
+    -gencode arch=compute_90a,code=sm_90a -diag-suppress 3189 -Xptxas=-v,--warn-on-spills -shared -cudart static -Xlinker -z,defs
+    -Xcompiler=-fPIC,-fno-strict-aliasing,-Wno-psabi,-fvisibility=hidden""".split()
+
+
+def thunderkittens():
+    """The folder of ThunderKittens' headers and their revision. Raises UserError where they are missing or of another commit."""
+    root = os.environ.get("THUNDERKITTENS_ROOT")
+    if not root:
+        raise UserError(f"the CUDA kernel needs ThunderKittens' headers; {GET_THUNDERKITTENS}")
+    root = Path(root)
+    if not (root / "include" / "kittens.cuh").exists():
+        raise UserError(f"THUNDERKITTENS_ROOT {root} has no include/kittens.cuh; {GET_THUNDERKITTENS}")
+    if (root / ".git").exists():                              # a clone knows its commit; a bare copy of the headers does not
+        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        if head != THUNDERKITTENS:
+            raise UserError(f"THUNDERKITTENS_ROOT {root} is at commit {head[:8] or 'unknown'}, the kernel was written for "
+                            f"{THUNDERKITTENS[:8]}; run git checkout {THUNDERKITTENS[:8]} there")
+    files = sorted((root / "include").rglob("*.cuh")) + sorted((root / "include").rglob("*.impl"))
+    return root, hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def build_kernel(source=Path(__file__).with_name("ttt_kernel.cu")):
+    """Compiles the kernel, unless this source was built before by this compiler against these headers; returns the shared object.
+
+    Beside it lies KEY.log, what the compiler said. Raises UserError where nvcc or the headers are missing or the build fails.
+    """
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        raise UserError("the CUDA kernel needs nvcc 12.8 or newer on PATH; install the CUDA toolkit, or take another --backend")
+    root, headers = thunderkittens()
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256("\n".join([source.read_text(), version, headers, *NVCC_FLAGS]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_minute"
+    library, log = cache / f"ttt_kernel-{key}.so", cache / f"ttt_kernel-{key}.log"
+    if not library.exists():
+        with atomic(library) as temporary:                    # several processes may build at once: each renames a whole file
+            command = [nvcc, *NVCC_FLAGS, f"-I{root / 'include'}", source, "-o", temporary]
+            build = subprocess.run(command, capture_output=True, text=True)
+            log.write_text(build.stdout + build.stderr)
+            if build.returncode:
+                raise UserError(f"nvcc could not build {source.name}; what it said is in {log}")
+    return library
+
+
+@functools.cache
+def load_kernel():
+    """The kernel's two launchers, as ctypes functions. Built on first use. Raises UserError where that cannot be done."""
+    library = ctypes.CDLL(str(build_kernel()))
+    for launch, pointers in (library.ttt_forward, 17), (library.ttt_backward, 24):
+        launch.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * 4 + [ctypes.c_float, ctypes.c_int, ctypes.c_void_p]
+    return library
+
+
+def cluster_size(heads):
+    """Multiprocessors that share a head: 4 while every cluster of `heads` fits the 132 of an H100 at once, else 2."""
+    return 4 if 4 * heads <= 132 else 2
+
+
+def cuda_refusal(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch):
+    """One sentence on why the CUDA kernel cannot take these inputs, or None. Shapes agree with each other already."""
+    if kind != "mlp":
+        return f'the kernel knows TTT-MLP, not "{kind}"; take backend="torch"'
+    if q.shape[-1] != 64 or mini_batch != 64:
+        return f"heads have width {q.shape[-1]} and mini-batches {mini_batch} tokens, the kernel wants 64 and 64; take backend=\"torch\""
+    for name, x, dtype in ("q", q, torch.bfloat16), ("k", k, torch.bfloat16), ("v", v, torch.bfloat16):
+        if x.dtype != dtype:
+            return f"{name} is {str(x.dtype)[6:]}, the kernel reads bfloat16; cast q, k and v, or run under torch.autocast in bfloat16"
+    for name, x in dict(q=q, k=k, v=v, eta=eta).items():
+        if not x.is_contiguous():
+            return f"{name} {tuple(x.shape)} is not contiguous in memory; call .contiguous()"
+        if x.data_ptr() % 16 and not isinstance(x, torch._subclasses.FakeTensor):
+            return f"{name} does not begin at a multiple of 16 bytes; call .clone()"
+    if max(q.shape[:2]) > 65535 or q.shape[2] > 1 << 24:
+        return f"q {tuple(q.shape)} is beyond 65535 videos, 65535 heads or 16,777,216 tokens; cut it in parts"
+    if torch.float64 in (x.dtype for x in (*weights, eta, ln_gamma, ln_beta)):
+        return 'the kernel computes in fp32, and some weights, eta or LayerNorm parameters are float64; take backend="torch"'
+    devices = {str(x.device) for x in (q, k, v, eta, ln_gamma, ln_beta, *weights)}
+    if len(devices) > 1 or q.device.type != "cuda":
+        return f"tensors are on {', '.join(sorted(devices))}, the kernel wants all of them on one Hopper GPU"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return f'{torch.cuda.get_device_name(q.device)} is not a Hopper GPU (H100, H200); take backend="torch"'
+    return None
+
+
+def launch(function, tensors, shape, every, eps, tp):
+    """Puts a kernel on the current stream of the tensors' device. Nothing waits for it."""
+    device = tensors[0].device
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        error = function(*[x.data_ptr() for x in tensors], *shape, every, eps, tp, stream)
+    if error:
+        raise RuntimeError(f"ttt_kernel.cu: launching on {device} failed with CUDA error {error}"
+                           + (" (tensor maps could not be made: is the driver older than CUDA 12?)" if error < 0 else ""))
+
+
+def empty_checkpoints(q, every):
+    """W every `every` mini-batches, in the kernel's own order: (tiles [B,H,G,4,2,4096], biases [B,H,G,320]), fp32."""
+    B, H, L, _ = q.shape
+    groups = -(-L // (64 * every))
+    return q.new_empty(B, H, groups, 4, 2, 4096, dtype=torch.float32), q.new_empty(B, H, groups, 320, dtype=torch.float32)
+
+
+@torch.library.custom_op("ttt_minute::mlp_scan", mutates_args=(), device_types="cuda")
+def mlp_scan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, W1: torch.Tensor,
+             b1: torch.Tensor, W2: torch.Tensor, b2: torch.Tensor, eps: float, every: int, tp: int) -> tuple[
+                 torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v [B,H,L,64] bf16; the rest fp32: eta [B,H,L], gamma and beta [H,64], W1 [B,H,64,256] ... -> out, last W, checkpoints."""
+    out, last, kept = torch.empty_like(q), [torch.empty_like(w) for w in (W1, b1, W2, b2)], empty_checkpoints(q, every)
+    launch(load_kernel().ttt_forward, (q, k, v, out, eta, gamma, beta, W1, b1, W2, b2, *last, *kept), q.shape[:3], every, eps, tp)
+    return out, *last, *kept
+
+
+@mlp_scan.register_fake
+def _(q, k, v, eta, gamma, beta, W1, b1, W2, b2, eps, every, tp):
+    return torch.empty_like(q), *[torch.empty_like(w) for w in (W1, b1, W2, b2)], *empty_checkpoints(q, every)
+
+
+def scratch_bytes(tp):
+    """What the backward pass sets aside for a shard and a mini-batch of one group: X2, G1 and G2 in bf16, Z2 and the biases in fp32."""
+    return -(-(16384 * 4 // tp + 8192 + 16384 + 256 * (4 // tp + 1)) // 128) * 128
+
+
+@torch.library.custom_op("ttt_minute::mlp_scan_backward", mutates_args=(), device_types="cuda")
+def mlp_scan_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eta: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor,
+                      dout: torch.Tensor, dlast: list[torch.Tensor], kept_W: torch.Tensor, kept_b: torch.Tensor, eps: float, every: int,
+                      tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+                                        torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the ten tensors that mlp_scan reads, in its order; those of gamma and beta per video, [B,H,64]."""
+    B, H, L, width = q.shape
+    dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
+    dgamma, dbeta = (eta.new_empty(B, H, width) for _ in range(2))
+    dW = [torch.empty_like(x) for x in dlast]
+    scratch = torch.empty(B * H * tp * every * scratch_bytes(tp), dtype=torch.uint8, device=q.device)
+    launch(load_kernel().ttt_backward, (q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta, *dlast, *dW, kept_W, kept_b, scratch),
+           (B, H, L), every, eps, tp)
+    return dq, dk, dv, deta, dgamma, dbeta, *dW
+
+
+@mlp_scan_backward.register_fake
+def _(q, k, v, eta, gamma, beta, dout, dlast, kept_W, kept_b, eps, every, tp):
+    per_video = eta.new_empty(*q.shape[:2], q.shape[-1]), eta.new_empty(*q.shape[:2], q.shape[-1])
+    return *(torch.empty_like(x) for x in (q, k, v, eta)), *per_video, *(torch.empty_like(x) for x in dlast)
+
+
+def remember(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.every, ctx.tp = inputs
+    ctx.shapes = [w.shape for w in tensors[6:]]
+    ctx.save_for_backward(*tensors[:6], *output[5:])
+
+
+def mlp_scan_gradients(ctx, dout, dW1, db1, dW2, db2, *_):
+    *tensors, kept_W, kept_b = ctx.saved_tensors
+    dlast = [(tensors[3].new_zeros(shape) if dw is None else dw).contiguous() for dw, shape in zip((dW1, db1, dW2, db2), ctx.shapes)]
+    dout = (torch.zeros_like(tensors[0]) if dout is None else dout).contiguous()
+    tp = max(ctx.tp, 2)                                       # W and its gradient together do not fit one multiprocessor
+    *gradients, dgamma, dbeta, dW1, db1, dW2, db2 = mlp_scan_backward(*tensors, dout, dlast, kept_W, kept_b, ctx.eps, ctx.every, tp)
+    return *gradients, dgamma.sum(0), dbeta.sum(0), dW1, db1, dW2, db2, None, None, None
+
+
+mlp_scan.register_autograd(mlp_scan_gradients, setup_context=remember)
+
+
+def scan_on_chip(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint):
+    """ttt_scan by the CUDA kernel. Raises UserError where it cannot take the inputs."""
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+    reason = cuda_refusal(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch)
+    if reason:
+        raise UserError(f"ttt_scan: backend cuda: {reason}")
+    load_kernel()
+    B, H = q.shape[:2]
+    fp32 = [x.float().contiguous() for x in (eta, ln_gamma, ln_beta)]
+    W = [w.float().expand(B, H, *w.shape[-rank:]).contiguous() for w, rank in zip(weights, (2, 1, 2, 1))]
+    out, *last, _, _ = mlp_scan(q, k, v, *fp32, *W, eps, checkpoint, cluster_size(B * H))
+    return out, tuple(last)
 
 
 # ----------------------------------------------------------------------------------------------------
