@@ -2213,14 +2213,14 @@ def compiled(kernel, chip, kind, width, mini_batch, precision):
     return int(registers[1]), int(spilled[1]), result.metadata.shared / 1024
 
 
-SHARED = {80: 163, 89: 99, 90: 227}                           # KB a program may have
+SHARED_KB = {80: 163, 89: 99, 90: 227}                           # KB a program may have
 SPILLED = {("scan_kernel", "linear"): 0, ("scan_kernel", "mlp"): 700, ("scan_backward_kernel", "linear"): 2000, ("scan_backward_kernel", "mlp"): 5000}
 
 
 def check_compiled(kernel, chip, kind, width, mini_batch, precision):
     registers, spilled, shared = compiled(kernel, chip, kind, width, mini_batch, precision)
     print(f"{kernel}, sm_{chip}, TTT-{kind}, F {width}, b {mini_batch}, {precision}: {registers} registers, {spilled} bytes spilled, {shared:.0f} KB shared")
-    assert spilled <= SPILLED[kernel, kind] and shared <= SHARED[chip]
+    assert spilled <= SPILLED[kernel, kind] and shared <= SHARED_KB[chip]
 
 
 @pytest.mark.parametrize("kernel, chip, kind", [("scan_kernel", 80, "mlp"), ("scan_kernel", 89, "mlp"), ("scan_kernel", 90, "mlp"), ("scan_kernel", 89, "linear"),
@@ -2230,7 +2230,7 @@ def test_the_triton_kernels_compile_within_a_chips_registers_and_shared_memory(k
 
 
 @pytest.mark.parametrize("kernel", ["scan_kernel", "scan_backward_kernel"])
-@pytest.mark.parametrize("chip", list(SHARED))
+@pytest.mark.parametrize("chip", list(SHARED_KB))
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("width, mini_batch, precision", [(64, 64, "bf16"), (64, 64, "fp16"), (64, 64, "tf32"), (64, 16, "bf16"), (32, 64, "bf16"), (32, 16, "bf16")])
 @pytest.mark.parametrize("marked", [pytest.param("", marks=SLOW)])
