@@ -48,18 +48,14 @@ import sample
 import ttt_minute
 from dataset import UserError
 from ttt_minute import (STAGES, TTT, Config, DiT, FullAttention, Layout, LocalAttention, Stage, alphas_cumprod, decays, diffusion_loss,
-                        gelu_derivatives, is_new, load_checkpoint, lr_at, make_optimizers, rope_table, rotate, scan_order, scan_rope,
-                        step_autograd, trains, ttt_scan)
+                        gelu_derivatives, is_new, jit, load_checkpoint, lr_at, make_optimizers, rope_table, rotate, scan_order, scan_rope,
+                        step_autograd, tile_J, tile_normalise, tl, trains, ttt_scan)
 
 TINY = Config(channels=4, height=4, width=6, text_len=3, text_dim=8, depth=2, heads=2, head_width=16, time_dim=16, mini_batch=8, eta_mlp=3.0,
               gate_init=0.1)
 
 
-SLOW = [pytest.mark.slow, pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")]
-
-
-def slow(test):
-    return functools.reduce(lambda test, mark: mark(test), SLOW, test)
+SLOW = pytest.mark.slow
 
 
 def relative(x, y):
@@ -1405,7 +1401,7 @@ def test_many_processes_train_and_sample_like_one():
     in_processes(4, compare_arrangements, [("ttt_mlp", 3, 2, 2, 1), ("ttt_mlp", 1, 1, 4, 4), ("gated_deltanet", 5, 4, 1, 4), ("full", 2, 2, 4, 2)])
 
 
-@slow
+@SLOW
 @pytest.mark.parametrize("layer", list(ttt_minute.LAYERS))
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_layer_in_every_arrangement_trains_and_samples_like_one_process(layer, count):
@@ -1536,7 +1532,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(undisturbed, tmp_pa
     kill_again_and_again(undisturbed, tmp_path, 5)
 
 
-@slow
+@SLOW
 def test_a_run_killed_many_times_ends_with_the_same_weights(undisturbed, tmp_path):
     kill_again_and_again(undisturbed, tmp_path, 60, seed=1)
 
@@ -2115,8 +2111,8 @@ def test_the_triton_kernels_agree_with_float64(interpreter, kind, dtype, width, 
 @pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("mini_batch", [16, 32, 64])
 @pytest.mark.parametrize("checkpoint", [1, 3, 16])
-@pytest.mark.parametrize("marked", [pytest.param("", marks=SLOW)])
-def test_the_triton_kernels_agree_with_float64_everywhere(interpreter, kind, dtype, width, mini_batch, checkpoint, marked):
+@SLOW
+def test_the_triton_kernels_agree_with_float64_everywhere(interpreter, kind, dtype, width, mini_batch, checkpoint):
     check_kernel(interpreter, kind, dtype, width, mini_batch, 4 * mini_batch + 5, checkpoint, B=2)
 
 
@@ -2233,8 +2229,8 @@ def test_the_triton_kernels_compile_within_a_chips_registers_and_shared_memory(k
 @pytest.mark.parametrize("chip", list(SHARED_KB))
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("width, mini_batch, precision", [(64, 64, "bf16"), (64, 64, "fp16"), (64, 64, "tf32"), (64, 16, "bf16"), (32, 64, "bf16"), (32, 16, "bf16")])
-@pytest.mark.parametrize("marked", [pytest.param("", marks=SLOW)])
-def test_the_triton_kernels_compile_everywhere(kernel, chip, kind, width, mini_batch, precision, marked):
+@SLOW
+def test_the_triton_kernels_compile_everywhere(kernel, chip, kind, width, mini_batch, precision):
     check_compiled(kernel, chip, kind, width, mini_batch, precision)
 
 
@@ -3060,8 +3056,30 @@ def test_the_readmes_eighth_layer_works_like_the_seven(world, tmp_path, monkeypa
 # ----------------------------------------------------------------------------------------------------
 
 
+@jit
+def linear_loop(W1, b1, q, k, v, eta, gamma, beta, out, L, eps, F: tl.constexpr, b: tl.constexpr):
+    row, column = tl.arange(0, F)[:, None], tl.arange(0, F)[None, :]
+    W, bias = tl.load(W1 + row * F + column), tl.load(b1 + column)
+    gamma, beta = tl.load(gamma + column), tl.load(beta + column)
+    t = 0
+    while t < L:
+        token = t + tl.arange(0, b)
+        at = token[:, None] * F + column
+        k_t, eta_t = tl.load(k + at), tl.load(eta + token)[:, None]
+        xh, r = tile_normalise(tl.dot(k_t, W) + bias, eps)
+        G = eta_t * tile_J(gamma * (gamma * xh + beta - (tl.load(v + at) - k_t)), xh, r)
+        W -= tl.dot(k_t.T, G)
+        bias -= tl.sum(G, 0)[None, :]
+        q_t = tl.load(q + at)
+        xh, r = tile_normalise(tl.dot(q_t, W) + bias, eps)
+        tl.store(out + at, q_t + gamma * xh + beta)
+        t += b
+
+
 class Reference:
     """The answers. Most are lines of ttt_minute.py."""
+
+    linear_loop = linear_loop
 
     def l2_gradient(Z, target, gamma, beta, eps):
         xh, statistics = ttt_minute.normalise(Z, eps)
@@ -3137,7 +3155,9 @@ def written(source, *names):
     module = importlib.import_module("exercises") if there else None
     for name in names:
         if not hasattr(module, name):
-            pytest.skip(f"write {name}{inspect.signature(getattr(Reference, name))} in exercises.py")
+            answer = getattr(Reference, name)
+            signature = str(inspect.signature(getattr(answer, "fn", answer))).replace("triton.language.core", "tl")
+            pytest.skip(f"write {name}{signature} in exercises.py")
     return [getattr(module, name) for name in names]
 
 
@@ -3372,6 +3392,45 @@ def test_exercise_10_how_far_the_gate_is_open_at_first(world, source):
     assert curves[1.0][0] > 1.01 * first, "an open gate disturbs the network at first; does every value start from a fresh network, on the same batch?"
     expected = Reference.gate_curve((1.0,), 2, runs, Config(), weights)[1.0]
     assert curves[1.0][:2] == pytest.approx(expected, rel=1e-3), "the second step follows from the first: does the optimizer step?"
+
+
+@exercise
+def test_exercise_11_the_loop_of_a_kernel(source, interpreter):
+    """TTT-Linear in Triton, one head, in the interpreter."""
+    written(source, "linear_loop")
+    (W1, b1), inputs = loop_inputs()
+    right, _ = ttt_scan("linear", (W1, b1), *inputs, 16)
+    q, k, v, eta, gamma, beta = (x[0] for x in inputs[:4] + [x[None] for x in inputs[4:]])
+
+    def scan(bias=1, eta=eta, late=False, forgetful=False):
+        W, outs = (W1, b1[:, None]), []
+        for t in range(0, 48, 16):
+            q_t, k_t, v_t, eta_t = (x[:, t:t + 16] for x in (q, k, v, eta))
+            W = (W1, b1[:, None]) if forgetful else W
+            new = ttt_minute.descend(W, k_t, ttt_minute.inner_gradient(W, k_t, beta - (v_t - k_t), eta_t[..., None], gamma, 1e-8))
+            new = new[0], W[1] + bias * (new[1] - W[1])
+            outs.append(ttt_minute.read(W if late else new, q_t, gamma, beta, 1e-8))
+            W = new
+        return torch.cat(outs, dim=1)[0]
+
+    judge(interpreter(run_linear_loop, source), right[0, 0], {
+        "the output reads W after the step of its own mini-batch": scan(late=True),
+        "the state lives from the first to the last turn of the loop: load it before, not inside": scan(forgetful=True),
+        "the bias takes its step, too: the sum of G over the tokens": scan(bias=0),
+        "eta weighs the gradient of each token": scan(eta=torch.ones_like(eta))}, tolerance=1e-5)
+
+
+def loop_inputs():
+    """W1, b1 and the usual six for one head of 16 channels, 48 tokens in mini-batches of 16."""
+    return scan_inputs("linear", B=1, H=1, L=48, width=16, dtype=torch.float32)
+
+
+def run_linear_loop(source):
+    loop, = written(source, "linear_loop")
+    weights, inputs = loop_inputs()
+    out = torch.empty_like(inputs[0])
+    loop[(1,)](*weights, *inputs, out, 48, 1e-8, F=16, b=16)
+    return out[0, 0]
 
 
 def mini_batch_experiment(tokens):
