@@ -1272,7 +1272,7 @@ def ingest(videos, out, codec, text_encoder):
     in_parallel(work, jobs, "ingest", "segment", total=sum(len(job.texts) for job in jobs), threads=codec.threads)
     write_index(out, codec, text_encoder)
     if problems:
-        raise UserError(f"{len(problems)} of {len(paths)} videos were left out: " + "; ".join(problems))
+        raise UserError(f"{len(problems)} of {len(paths)} videos were left out: " + "; ".join(sorted(problems)))
 
 
 def write_index(out, codec, text_encoder):
