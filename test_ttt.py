@@ -3211,6 +3211,7 @@ def test_exercise_01_the_gradient_through_layernorm(source):
     judge(l2_gradient(Z, target, gamma, beta, eps), right, {
         "LayerNorm is not only a scale: a change that is the same in every channel changes nothing, so nothing of it may come back": r * (p - xh * mean(p * xh)),
         "LayerNorm undoes any change of scale, so the gradient has no part along xh": r * (p - mean(p)),
+        "every channel moves the mean and the standard deviation of all: two terms are missing": r * p,
         "the chain rule passes through gamma on its way back, too": ttt_minute.J(error.detach(), statistics),
         "the loss has a 1/2 in front of the square": 2 * right})
 
@@ -3268,6 +3269,7 @@ def test_exercise_04_a_story_told_backwards(source):
     reverse_order, = written(source, "reverse_order")
     first, second, right = list(range(4, 17)), list(range(17, 29)), [2, 3, *range(28, 16, -1), 0, 1, *range(16, 3, -1)]
     judge(reverse_order(2, 2, 1), torch.tensor(right), {
+        "this is everything backwards: texts keep their order, and come before their own frames": torch.arange(29).flip(0),
         "a text stays readable: only the frames run backwards": torch.tensor([3, 2, *second[::-1], 1, 0, *first[::-1]]),
         "a text comes before its own segment's frames in this direction, too": torch.tensor([*second[::-1], 2, 3, *first[::-1], 0, 1]),
         "the last segment comes first": torch.tensor([0, 1, *first[::-1], 2, 3, *second[::-1]]),
@@ -3338,6 +3340,7 @@ def test_exercise_07_v_prediction_and_a_ddim_step(source):
     judge(v_target(x_0, noise, bar), v, {
         "alpha-bar is a variance: signal and noise are scaled by the roots of it and of the rest": bar * noise - (1 - bar) * x_0,
         "v is where x_t moves as noise is turned in: mostly noise while x_t is clean, minus the signal in the end": -v,
+        "v is not the noise, it is also made of the signal": noise,
         "v mixes the two crosswise: a noise - s x_0, where x_t is a x_0 + s noise": s * noise - a * x_0})
 
     def to_next(x_0, noise):
