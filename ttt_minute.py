@@ -889,25 +889,34 @@ def add(pointers, x):
 
 
 @jit
-def tile_backward_of_read(dout, W, dW, q, gamma, eps, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
-    """backward_of_read: dq [b, F], and what falls on gamma [1, F]; what falls on W is added to dW."""
-    xh, r = tile_normalise(model(W, q, F, E, PRECISION), eps)
-    dZ = tile_J(dout * gamma, xh, r)
-    dq = dout
+def tile_backward_of_model(dZ, W, dW, x, dx, known, F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+    """From the gradient on f(x; W): dx and what falls on x; what falls on W is added to dW. `known` points at a part of the gradient on
+    Z1, [b, F] a tile, that has come another way; None where there is none."""
     if E == F:
-        add(W1_at(dW, 0, F, E), tile_dot(q.T, dZ, PRECISION))
+        add(W1_at(dW, 0, F, E), tile_dot(x.T, dZ, PRECISION))
         add(b1_at(dW, 0, F, E), tl.sum(dZ, 0)[None, :])
-        dq += tile_dot(dZ, tl.load(W1_at(W, 0, F, E)).T, PRECISION)
+        dx += tile_dot(dZ, tl.load(W1_at(W, 0, F, E)).T, PRECISION)
     else:
         add(b2_at(dW, F, E), tl.sum(dZ, 0)[None, :])
         for e in tl.range(E // F, disable_licm=True):
-            X2, slope, _ = hidden(W, e, q, F, E, PRECISION)
+            X2, slope, _ = hidden(W, e, x, F, E, PRECISION)
             add(W2_at(dW, e, F, E), tile_dot(X2.T, dZ, PRECISION))
             dZ1 = tile_dot(dZ, tl.load(W2_at(W, e, F, E)).T, PRECISION) * slope
-            add(W1_at(dW, e, F, E), tile_dot(q.T, dZ1, PRECISION))
+            if known is not None:
+                dZ1 += tl.load(known + e * b * F)
+            add(W1_at(dW, e, F, E), tile_dot(x.T, dZ1, PRECISION))
             add(b1_at(dW, e, F, E), tl.sum(dZ1, 0)[None, :])
-            dq += tile_dot(dZ1, tl.load(W1_at(W, e, F, E)).T, PRECISION)
+            dx += tile_dot(dZ1, tl.load(W1_at(W, e, F, E)).T, PRECISION)
     tl.debug_barrier()
+    return dx
+
+
+@jit
+def tile_backward_of_read(dout, W, dW, q, gamma, eps, F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+    """backward_of_read: dq [b, F], and what falls on gamma [1, F]; what falls on W is added to dW."""
+    xh, r = tile_normalise(model(W, q, F, E, PRECISION), eps)
+    dZ = tile_J(dout * gamma, xh, r)
+    dq = tile_backward_of_model(dZ, W, dW, q, dout, None, F, E, b, PRECISION)
     return dq, tl.sum(dout * xh, 0)[None, :]
 
 
@@ -920,6 +929,7 @@ def tile_backward_of_step(W, dW, spare, k, v, eta, gamma, beta, eps,
     p = gamma * error
     L = tile_J(p, xh, r)
     G = eta * L
+    rows = spare + tl.arange(0, b)[:, None] * F + tl.arange(0, F)[None, :]
     # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
     if E == F:
         dW1 = tl.load(W1_at(dW, 0, F, E))
@@ -928,7 +938,6 @@ def tile_backward_of_step(W, dW, spare, k, v, eta, gamma, beta, eps,
     else:
         dG = tl.zeros_like(k) - tl.load(b2_at(dW, F, E))
         dk = tl.zeros_like(k)
-        rows = spare + tl.arange(0, b)[:, None] * F + tl.arange(0, F)[None, :]
         for e in tl.range(E // F, disable_licm=True):
             X2, slope, bend = hidden(W, e, k, F, E, PRECISION)
             dW2 = tl.load(W2_at(dW, e, F, E))
@@ -952,21 +961,7 @@ def tile_backward_of_step(W, dW, spare, k, v, eta, gamma, beta, eps,
     dgamma = tl.sum(w * (error + gamma * xh), 0)[None, :]
     dZ = tile_J(-gamma * dv, xh, r) - r * (w * tile_mean(p * xh) + L * tile_mean(U * xh) + xh * tile_mean(U * L))
     # Through the first forward pass, Z = f(k; W).
-    dk -= dv
-    if E == F:
-        add(W1_at(dW, 0, F, E), tile_dot(k.T, dZ, PRECISION))
-        add(b1_at(dW, 0, F, E), tl.sum(dZ, 0)[None, :])
-        dk += tile_dot(dZ, tl.load(W1_at(W, 0, F, E)).T, PRECISION)
-    else:
-        add(b2_at(dW, F, E), tl.sum(dZ, 0)[None, :])
-        for e in tl.range(E // F, disable_licm=True):
-            X2, slope, _ = hidden(W, e, k, F, E, PRECISION)
-            add(W2_at(dW, e, F, E), tile_dot(X2.T, dZ, PRECISION))
-            dZ1 = tl.load(rows + e * b * F) + tile_dot(dZ, tl.load(W2_at(W, e, F, E)).T, PRECISION) * slope
-            add(W1_at(dW, e, F, E), tile_dot(k.T, dZ1, PRECISION))
-            add(b1_at(dW, e, F, E), tl.sum(dZ1, 0)[None, :])
-            dk += tile_dot(dZ1, tl.load(W1_at(W, e, F, E)).T, PRECISION)
-    tl.debug_barrier()
+    dk = tile_backward_of_model(dZ, W, dW, k, dk - dv, rows, F, E, b, PRECISION)
     return dk, dv, deta, dgamma
 
 
@@ -1005,7 +1000,7 @@ def scan_backward_kernel(dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta
             inside = token[:, None] < L
             dout_t = load_tokens(dout, dout_strides, batch, head, token, L, F)
             q_t = load_tokens(q, q_strides, batch, head, token, L, F)
-            dq_t, more = tile_backward_of_read(dout_t, states + (i + 1) * size, dstate, q_t, gamma, eps, F, E, PRECISION)
+            dq_t, more = tile_backward_of_read(dout_t, states + (i + 1) * size, dstate, q_t, gamma, eps, F, E, b, PRECISION)
             tl.store(tokens_at(dq, dq_strides, batch, head, token, F), dq_t.to(dq.dtype.element_ty), mask=inside)
             sum_gamma += more
             sum_beta += tl.sum(dout_t, 0)[None, :]            # beta stands beside every output and every -(v - k)
