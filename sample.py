@@ -11,6 +11,7 @@ Writes the video as mp4 and GIF, and a contact sheet as PNG: a row a scene, each
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import subprocess
@@ -374,22 +375,21 @@ CHANCE = {"rooms": (1 / len(dataset.WALL_COLOURS) + 1 / len(dataset.FURNITURE) +
 
 def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, folder, **settings):
     """Sample and score the held-out storyboards of some seeds: (what was found in every video, memory_in_loss). Writes evaluation.json,
-    consistency.png and a strip of the first video, evaluation.png, into the folder. What an interrupted run has scored with the same
+    consistency.png and the first video, evaluation-SEED.mp4, into the folder. What an interrupted run has scored with the same
     checkpoint and settings is kept."""
-    from PIL import Image
     path, made_with = folder / "evaluation.json", {"checkpoint": dataset.short_hash(checkpoint.read_bytes()), **settings}
     done = json.loads(path.read_text()) if path.exists() else {}
     if done.get("made_with") != made_with:
-        done = {"made_with": made_with, "memory": memory_in_loss(model, codec, text_encoder), "videos": {}}
+        done = {"made_with": made_with, "memory": memory_in_loss(model, codec, text_encoder, segments), "videos": {}}
     for seed in seeds:
-        if str(seed) not in done["videos"]:
+        video = folder / f"evaluation-{seed}.mp4"
+        if str(seed) not in done["videos"] or seed == seeds[0] and not video.exists():
             episode = dataset.episode(dataset.TEST_SEEDS + seed, segments)
             text, _ = embed(episode.segments, text_encoder)
             frames = codec.decode(generate(model, text, seed=seed, **settings))
             scores, returns = evaluate(frames, episode)
             if seed == seeds[0]:
-                with atomic(folder / "evaluation.png") as temporary:
-                    Image.fromarray(np.concatenate(enlarge(frames[SEGMENT // 2::SEGMENT], 2), axis=1)).save(temporary)
+                save_video(frames, episode.segments, video)
             done["videos"][str(seed)] = {"scores": scores, "returns": returns}
             with atomic(path) as temporary:
                 temporary.write_text(json.dumps(done) + "\n")
@@ -399,24 +399,40 @@ def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, fold
 
 
 @torch.no_grad()
-def memory_in_loss(model, codec, text_encoder, videos=16, levels=(800, 880, 920)):
-    """What a network gains from an earlier scene, without sampling: on held-out stories A B A, how much the loss of the third scene rises
-    when the first has the hidden attributes of another episode. Returns [(t, loss, rise)]."""
+def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(800, 880, 920)):
+    """What a network gains from earlier scenes, without sampling: on held-out stories that end where they were before, how much the loss
+    of the last segment rises when its place looked otherwise before (the hidden attributes of another episode). Returns
+    [(t, loss, rise)]."""
     device = next((parameter.device for parameter in model.parameters()), "cpu")
     losses = {t: [] for t in levels}
-    for seed in range(dataset.TEST_SEEDS, dataset.TEST_SEEDS + videos):
-        episode, other = dataset.episode(seed, 3), dataset.episode(seed + videos, 3)
+    for episode in stories_that_return(segments, videos):
+        other = dataset.episode(episode.seed + segments * videos, segments)
         stranger = dataclasses.replace(episode, colours=other.colours, rooms=other.rooms)
-        own, swapped = (codec.encode(dataset.render(story, codec.height, codec.width)) for story in (episode, stranger))
-        stories = torch.stack([own, torch.cat([swapped[:13], own[13:]])]).to(device)
+        own, changed = (codec.encode(dataset.render(story, codec.height, codec.width)) for story in (episode, stranger))
+        seen_before = torch.zeros(len(own), 1, 1, 1, dtype=torch.bool)
+        for scene in episode.scenes[:-1]:
+            begin, end = 12 * scene.first + (scene.first > 0), 12 * (scene.first + scene.segments) + 1
+            seen_before[begin:end] |= scene.room == episode.scenes[-1].room
+        stories = torch.stack([own, torch.where(seen_before, changed, own)]).to(device)
         text = embed(episode.segments, text_encoder)[0].expand(2, -1, -1, -1).to(device)
-        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(episode.seed)).to(device)
         for t in levels:
             x_t, v = add_noise(stories, torch.tensor([t, t], device=device), noise, model.config.snr_shift)
-            error = (model(x_t, text, torch.tensor([t, t], device=device)) - v)[:, 26:]       # frames of the third scene alone
-            losses[t].append(error.square().mean((1, 2, 3, 4)))
+            error = (model(x_t, text, torch.tensor([t, t], device=device)) - v)[:, 12 * segments - 10:]     # the last segment, but
+            losses[t].append(error.square().mean((1, 2, 3, 4)))                                             # for its first frame
     means = {t: torch.stack(both).mean(0).tolist() for t, both in losses.items()}
-    return [(t, own, swapped - own) for t, (own, swapped) in means.items()]
+    return [(t, own, changed - own) for t, (own, changed) in means.items()]
+
+
+def stories_that_return(segments, videos):
+    """Held-out episodes whose last scene is one segment in a place that was seen before."""
+    seeds, found = itertools.count(dataset.TEST_SEEDS), []
+    while len(found) < videos:
+        episode = dataset.episode(next(seeds), segments)
+        *before, last = episode.scenes
+        if last.segments == 1 and last.room in (scene.room for scene in before):
+            found.append(episode)
+    return found
 
 
 def print_scores(found):
@@ -437,14 +453,15 @@ def print_scores(found):
         t, loss, rise = max(memory, key=lambda level: level[2])
         print(row + f"{f'{rise:+.4f} of {loss:.3f} ({t})':>24}")
     print("chance: " + ", ".join(f"{kind} {chance:.2f}" for kind, chance in CHANCE.items()) + "; in brackets how many returns were seen, after so many segments")
-    print("memory: on stories A B A, how much the loss of the third scene rises when the first has a stranger's colours, at the t in brackets")
+    print("memory: how much the loss of a last scene rises when its place had a stranger's colours before, at the t in brackets")
 
 
 def compare(args, names, evaluate_layer):
     """Train what is missing, score every layer on the same storyboards, and show them together: a table, comparison.json,
-    comparison.png with a row a layer, consistency.png. A layer that fails is named; the others go on."""
-    from PIL import Image, ImageDraw
-    found, strips = {}, []
+    comparison.png with a row a layer, comparison.gif with the same story by every layer, consistency.png. A layer that fails is named;
+    the others go on."""
+    import imageio
+    found, videos = {}, {}
     for layer in names:
         config = Config(layer=layer)
         try:
@@ -452,23 +469,32 @@ def compare(args, names, evaluate_layer):
                 train = [sys.executable, Path(__file__).with_name("ttt_minute.py"), "--stage", args.stage, "--layer", layer, "--out_dir", args.out_dir]
                 subprocess.run([*map(str, train), *(["--device", args.device] if args.device else [])], check=True)
             found[layer] = evaluate_layer(layer)
-            strips.append((layer, Image.open(run_folder(args.out_dir, config, args.stage) / "evaluation.png")))
+            path = run_folder(args.out_dir, config, args.stage) / f"evaluation-{args.seed}.mp4"
+            videos[layer] = np.stack(imageio.mimread(path, memtest=False))[:, ::2, ::2]
         except (UserError, subprocess.CalledProcessError) as error:
             print(f"{layer}: left out ({error})", file=sys.stderr)
     if not found:
         raise UserError("no layer could be scored")
     folder = Path(args.out_dir) / f"comparison-{args.stage}"
-    sheet = Image.new("RGB", (strips[0][1].width, len(strips) * (strips[0][1].height + 16)), "white")
-    for row, (layer, strip) in enumerate(strips):
-        ImageDraw.Draw(sheet).text((4, row * (strip.height + 16) + 2), layer, fill="black")
-        sheet.paste(strip, (0, row * (strip.height + 16) + 16))
+    strips = [captioned(layer, np.concatenate(frames[SEGMENT // 2::SEGMENT], axis=1)) for layer, frames in videos.items()]
     with atomic(folder / "comparison.png") as temporary:
-        sheet.save(temporary)
+        imageio.imwrite(temporary, np.concatenate(strips))
+    pictures = [np.concatenate([captioned(*item) for item in zip(videos, row)], axis=1) for row in zip(*videos.values())]
+    with atomic(folder / "comparison.gif") as temporary:
+        imageio.mimwrite(temporary, pictures[::2], duration=2000 / FPS, loop=0)
     with atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
-    plot_consistency({layer: videos for layer, (videos, _) in found.items()}, folder / "consistency.png")
+    plot_consistency({layer: scored for layer, (scored, _) in found.items()}, folder / "consistency.png")
     print_scores(found)
-    print(f"look at {folder / 'comparison.png'}")
+    print(f"look at {folder / 'comparison.png'} and {folder / 'comparison.gif'}")
+
+
+def captioned(name, picture):
+    """A picture uint8 [h, w, 3] with its name above it."""
+    from PIL import Image, ImageDraw
+    caption = Image.new("RGB", (picture.shape[1], 16), "white")
+    ImageDraw.Draw(caption).text((4, 2), name, fill="black")
+    return np.concatenate([np.asarray(caption), picture])
 
 
 def plot_consistency(videos, path):
