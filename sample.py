@@ -418,8 +418,8 @@ def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(800,
         noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(episode.seed)).to(device)
         for t in levels:
             x_t, v = add_noise(stories, torch.tensor([t, t], device=device), noise, model.config.snr_shift)
-            error = (model(x_t, text, torch.tensor([t, t], device=device)) - v)[:, 12 * segments - 10:]     # the last segment, but
-            losses[t].append(error.square().mean((1, 2, 3, 4)))                                             # for its first frame
+            error = (model(x_t, text, torch.tensor([t, t], device=device)) - v)[:, 12 * segments - 10:]     # past the shared frame
+            losses[t].append(error.square().mean((1, 2, 3, 4)))
     means = {t: torch.stack(both).mean(0).tolist() for t, both in losses.items()}
     return [(t, own, changed - own) for t, (own, changed) in means.items()]
 
