@@ -130,15 +130,20 @@ def contact_sheet(frames, board, columns=6):
 
 def save_video(frames, board, path):
     """Write path (.mp4), and beside it the same as .gif (8 frames a second) and a contact sheet as .png."""
-    import imageio
     path = Path(path)
     factor = max(1, round(384 / frames.shape[2]))
     with atomic(path) as temporary:
         dataset.write_video(temporary, enlarge(frames, factor))
-    with atomic(path.with_suffix(".gif")) as temporary:
-        imageio.mimwrite(temporary, enlarge(frames[::2], max(1, factor // 2)), duration=2000 / FPS, loop=0)
+    save_gif(enlarge(frames[::2], max(1, factor // 2)), path.with_suffix(".gif"))
     with atomic(path.with_suffix(".png")) as temporary:
         contact_sheet(frames, board).save(temporary)
+
+
+def save_gif(pictures, path):
+    """Write pictures as a GIF, 8 a second."""
+    import imageio
+    with atomic(path) as temporary:
+        imageio.mimwrite(temporary, pictures, duration=2000 / FPS, loop=0)
 
 
 @contextmanager
@@ -381,6 +386,8 @@ def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, fold
     done = json.loads(path.read_text()) if path.exists() else {}
     if done.get("made_with") != made_with:
         done = {"made_with": made_with, "memory": memory_in_loss(model, codec, text_encoder, segments), "videos": {}}
+        for old in folder.glob("evaluation-*.mp4"):           # of another checkpoint or other settings
+            old.unlink()
     for seed in seeds:
         video = folder / f"evaluation-{seed}.mp4"
         if str(seed) not in done["videos"] or seed == seeds[0] and not video.exists():
@@ -479,9 +486,8 @@ def compare(args, names, evaluate_layer):
     strips = [captioned(layer, np.concatenate(frames[SEGMENT // 2::SEGMENT], axis=1)) for layer, frames in videos.items()]
     with atomic(folder / "comparison.png") as temporary:
         imageio.imwrite(temporary, np.concatenate(strips))
-    pictures = [np.concatenate([captioned(*item) for item in zip(videos, row)], axis=1) for row in zip(*videos.values())]
-    with atomic(folder / "comparison.gif") as temporary:
-        imageio.mimwrite(temporary, pictures[::2], duration=2000 / FPS, loop=0)
+    rows = zip(*(frames[::2] for frames in videos.values()))
+    save_gif([np.concatenate([captioned(*item) for item in zip(videos, row)], axis=1) for row in rows], folder / "comparison.gif")
     with atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     plot_consistency({layer: scored for layer, (scored, _) in found.items()}, folder / "consistency.png")

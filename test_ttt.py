@@ -2021,6 +2021,8 @@ def test_evaluation_writes_what_it_found_and_goes_on_where_it_stopped(trained, c
     monkeypatch.setattr(sample, "evaluate", lambda *args: calls.append(args) or evaluate(*args))
     assert run(sample, *flags, 2) == 0 and len(calls) == 1
     assert json.loads((folder / "evaluation.json").read_text())["videos"]["0"] == known
+    assert run(sample, *flags, 1, "--seed", 1, "--guidance", 1, 2) == 0
+    assert [path.name for path in folder.glob("evaluation-*.mp4")] == ["evaluation-1.mp4"], "a video of other settings is not left to be shown"
     assert run(sample, "--stage", "3s", *flags[2:], 1) == 2 and "9s and longer" in capsys.readouterr().err
 
 
