@@ -3227,7 +3227,7 @@ def test_exercise_02_the_dual_form_of_ttt_linear(source):
     linear_dual, = written(source, "linear_dual")
     W, q, k, v, eta, gamma, beta, eps = step = inner_step("linear")
     right, new = step_autograd(*step)
-    _, _, _, _, L, G = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
+    _, _, _, _, gZ, G = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
 
     def read(Z):
         return q + gamma * F.layer_norm(Z, Z.shape[-1:], eps=eps) + beta
@@ -3237,7 +3237,7 @@ def test_exercise_02_the_dual_form_of_ttt_linear(source):
     judge(answer, right, {
         "the output reads the weights AFTER the step; this is what the old ones say": read(before),
         "the bias b1 takes a step too: where does the 1 in (q k^T + 1) come from?": read(before - scores @ G),
-        "eta belongs to the token that is learned (a column of q k^T), not to the one that asks": read(before - eta * ((scores + 1) @ L)),
+        "eta belongs to the token that is learned (a column of q k^T), not to the one that asks": read(before - eta * ((scores + 1) @ gZ)),
         "nothing is causal inside a mini-batch: every token reads the W that has seen all of them": read(before - (scores + 1).tril() @ G)})
     for mine, theirs in zip(weights, new):
         judge(mine, theirs, {})
@@ -3249,7 +3249,7 @@ def test_exercise_03_the_primal_form_of_ttt_mlp(source):
     mlp_primal, = written(source, "mlp_primal")
     W, q, k, v, eta, gamma, beta, eps = step = inner_step("mlp")
     right, new = step_autograd(*step)
-    *_, L, G, X2, M, G1, slopes = gradient = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
+    *_, gZ, G, X2, gX2, G1, slopes = gradient = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
 
     def read(W):
         return ttt_minute.read(W, q, gamma, beta, eps)
@@ -3261,7 +3261,7 @@ def test_exercise_03_the_primal_form_of_ttt_mlp(source):
     judge(answer, right, {
         "the output reads the weights AFTER the step (eq 14)": read(W),
         "both layers step at once: the gradient passes through the W2 that made the error, not through the new one": read(with_G1((G @ new[2].mT) * slopes[0])),
-        "the way back leads through GELU: where is its slope?": read(with_G1(M)),
+        "the way back leads through GELU: where is its slope?": read(with_G1(gX2)),
         "eta weighs each token's loss, once: it is in the gradients of both layers, and in neither twice": read(with_G1(eta * G1))})
     for mine, theirs in zip(weights, new):
         judge(mine, theirs, {})

@@ -634,7 +634,7 @@ template <class Shared> __device__ static inline void backward_of_read_norm(acc 
 }
 // (D) z: dG2 -> dZ2, through G2 = eta J[p], as in backward_of_step; dv takes the place of v, deta goes out. Z2 is read again in every pass.
 template <class Shared> __device__ static inline void backward_of_error(acc &z, const float2 *z2, Shared &s, const float (&eta)[2], float (&deta)[2], float eps) {
-    float mean[2] = {}, r[2] = {}, p_1[2] = {}, p_xh[2] = {}, U_1[2] = {}, U_xh[2] = {}, U_L[2] = {}, h_1[2] = {}, h_xh[2] = {};
+    float mean[2] = {}, r[2] = {}, p_1[2] = {}, p_xh[2] = {}, U_1[2] = {}, U_xh[2] = {}, U_gZ[2] = {}, h_1[2] = {}, h_xh[2] = {};
     float2 held_gamma, held_beta;
     auto both = [](float (&sum)[2]) { sum[0] = row_sum(sum[0]) / F, sum[1] = row_sum(sum[1]) / F; };
     auto Z2 = [&](int i, int half) {
@@ -650,7 +650,7 @@ template <class Shared> __device__ static inline void backward_of_error(acc &z, 
         float2 target = pair(s.v, row_of(half), c), start = pair(s.k, row_of(half), c), b = pair(s.beta, c);
         return float2{g.x * xh.x + b.x - (target.x - start.x), g.y * xh.y + b.y - (target.y - start.y)};
     };
-    auto L_of = [&](float2 e, float2 xh, float2 g, int half) {
+    auto gZ_of = [&](float2 e, float2 xh, float2 g, int half) {
         return float2{r[half] * (g.x * e.x - p_1[half] - xh.x * p_xh[half]), r[half] * (g.y * e.y - p_1[half] - xh.y * p_xh[half])};
     };
     auto w_of = [&](float2 U, float2 xh, int half) {
@@ -670,22 +670,22 @@ template <class Shared> __device__ static inline void backward_of_error(acc &z, 
     both(p_1), both(p_xh);
     deta[0] = deta[1] = 0;
     each(z, [&](float2 &U, int i, int half, int c) {
-        float2 g = pair(s.gamma, c), xh = xh_of(i, half), L = L_of(error(xh, g, half, c), xh, g, half);
-        deta[half] += U.x * L.x + U.y * L.y;
+        float2 g = pair(s.gamma, c), xh = xh_of(i, half), gZ = gZ_of(error(xh, g, half, c), xh, g, half);
+        deta[half] += U.x * gZ.x + U.y * gZ.y;
         U = {eta[half] * U.x, eta[half] * U.y};
-        U_1[half] += U.x + U.y, U_xh[half] += U.x * xh.x + U.y * xh.y, U_L[half] += U.x * L.x + U.y * L.y;
+        U_1[half] += U.x + U.y, U_xh[half] += U.x * xh.x + U.y * xh.y, U_gZ[half] += U.x * gZ.x + U.y * gZ.y;
     });
     deta[0] = row_sum(deta[0]), deta[1] = row_sum(deta[1]);
-    both(U_1), both(U_xh), both(U_L);
+    both(U_1), both(U_xh), both(U_gZ);
     each(z, [&](float2 &U, int i, int half, int c) {
         float2 g = pair(s.gamma, c), xh = xh_of(i, half), w = w_of(U, xh, half), h = {g.x * g.x * w.x, g.y * g.y * w.y};
         h_1[half] += h.x + h.y, h_xh[half] += h.x * xh.x + h.y * xh.y;
     });
     both(h_1), both(h_xh);
     each(z, [&](float2 &x, int i, int half, int c) {
-        float2 g = pair(s.gamma, c), xh = xh_of(i, half), w = w_of(x, xh, half), e = error(xh, g, half, c), L = L_of(e, xh, g, half);
-        x = {r[half] * (g.x * g.x * w.x - h_1[half] - xh.x * h_xh[half] - p_xh[half] * w.x - U_xh[half] * L.x - xh.x * U_L[half]),
-             r[half] * (g.y * g.y * w.y - h_1[half] - xh.y * h_xh[half] - p_xh[half] * w.y - U_xh[half] * L.y - xh.y * U_L[half])};
+        float2 g = pair(s.gamma, c), xh = xh_of(i, half), w = w_of(x, xh, half), e = error(xh, g, half, c), gZ = gZ_of(e, xh, g, half);
+        x = {r[half] * (g.x * g.x * w.x - h_1[half] - xh.x * h_xh[half] - p_xh[half] * w.x - U_xh[half] * gZ.x - xh.x * U_gZ[half]),
+             r[half] * (g.y * g.y * w.y - h_1[half] - xh.y * h_xh[half] - p_xh[half] * w.y - U_xh[half] * gZ.y - xh.y * U_gZ[half])};
         add_columns(s.dgamma, held_gamma, {w.x * (e.x + g.x * xh.x), w.y * (e.y + g.y * xh.y)}, half, c);
         add_columns(s.dbeta, held_beta, {g.x * w.x, g.y * w.y}, half, c);
         put(s.v, row_of(half), c, {-g.x * w.x, -g.y * w.y});
@@ -962,7 +962,7 @@ template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan
                 if (column < F) s.bias.b1[role][column] = saved[t - start].b.b1[role][column];
                 to_async_proxy();
                 warpgroup::sync(mine);
-                // 6 A1 = k dW1 + db1 = -dG1; a: N = -dM = A1 gelu'; b: what G1 = M gelu' leaves on Z1//@ k == t, g1 == t, x2 == t, g2 == t; W := t, dW := t
+                // 6 A1 = k dW1 + db1 = -dG1; a: N = -dgX2 = A1 gelu'; b: what G1 = gX2 gelu' leaves on Z1//@ k == t, g1 == t, x2 == t, g2 == t; W := t, dW := t
                 warpgroup::mm_AB(z, s.k, s.W.w1[role]);
                 warpgroup::mma_async_wait();
                 each(z, [&](float2 &x, int, int half, int c) {

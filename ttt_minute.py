@@ -2,10 +2,11 @@
 
 A diffusion transformer (DiT) makes 3-second clips well. To tell a one-minute story it must remember
 what the red room looked like forty seconds ago. Full attention remembers everything and costs 11 times as
-much; a recurrent layer is cheap and forgets, because its hidden state is small. Test-time training (TTT)
-makes the hidden state itself a small network f with weights W, and lets *reading* the sequence mean
-*training* f on it, one gradient step per 64 tokens. This file adds such layers, behind a gate, to
-CogVideoX, keeps attention inside each 3-second segment, and trains the whole in stages up to a minute.
+much as attention inside 3-second segments; a recurrent layer is cheap and forgets, because its hidden state
+is small. Test-time training (TTT) makes the hidden state itself a small network f with weights W, and lets
+*reading* the sequence mean *training* f on it, one gradient step per 64 tokens. This file adds such layers,
+behind a gate, to CogVideoX, keeps attention inside each 3-second segment, and trains the whole in stages up
+to a minute.
 
     python ttt_minute.py --stage 9s            # renders a small cartoon world, trains, ends with a video
     python sample.py --stage 9s --storyboard story.txt --out video.mp4
@@ -16,20 +17,22 @@ Read [1] the paper; [2] Sun et al., Learning to (Learn at Test Time), 2407.04620
 Glossary: code (paper)
     B, S, L, N        batch; 3-second segments; tokens in the whole sequence; text tokens of a segment
     T, h, w, C        latent frames (12 S + 1), latent height and width in patches, latent channels
-    D, H, F, E        model width; heads; head width; inner hidden width E = 4F
+    D, H, F, E        model width; heads; head width; inner hidden width E = 4F (TTT-Linear has none)
     M, b              mini-batches; tokens of one mini-batch (the paper's b)
     W                 the hidden state: weights of the inner model f, (W1, b1) or (W1, b1, W2, b2)
-    q, k, v           theta_Q x, theta_K x, theta_V x: what f is asked, shown, and should answer (eq 4, 5)
+    q, k, v           theta_Q x, theta_K x, theta_V x: what f is asked, shown, and should answer, as v - k (eq 4, 5)
     eta               the inner learning rate of each token
-    alpha, beta       the gates of the forward and the backward direction (eq 6 to 12)
+    gamma, beta       scale and shift of the LayerNorm around f
+    alpha, beta       in the paper only: the gates of the forward and the backward direction (eq 6 to 12)
     DIFF:             marks every departure from the paper or from its published code, with the reason
 
 Map
      1  Config, presets and stages        6  Attention inside a segment
      2  Parts                             7  The other memories: a window, linear recurrences
      3  One sequence out of many segments 8  Gate, both directions, block, model, CogVideoX weights
-     4  The inner loop (the heart)        9  Diffusion
-     5  The TTT layer                    10  Training in stages, the command line; before it P, many devices and what it costs
+     4  The inner loop (the heart), K     9  Diffusion
+     5  The TTT layer                    10  Training in stages, the command line; before it P
+    Skip on first reading: K, kernels; P, many devices and what it costs
 """
 
 import argparse
@@ -106,15 +109,15 @@ class Config:
     rope_theta: float = 10000.0
 
     # The inner loop (sections 2.3 and 3.4). A small world has few inner steps, so it needs bolder ones
-    # than the paper's eta 0.1 and std 0.02, which assume the 5,337 mini-batches of a minute at 5b.
+    # than the paper's eta 0.1 and std 0.02, which assume the 5,411 mini-batches of a minute at 5b.
     mini_batch: int = 64            # b
     eta_mlp: float = 12.0           # eta_base of TTT-MLP
     eta_linear: float = 1.0         # eta_base of TTT-Linear
     ttt_std: float = 0.2            # standard deviation of the initial W1 and W2
     ttt_proj_std: float = 0.09      # of the linear maps around the scan: 1/sqrt(D), as the paper's 0.02 is at D = 3072
     ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
-    scan_checkpoint: int = 4        # the backward pass of the scan keeps W every so many mini-batches
-    gate_init: float = 0.3          # alpha and beta at the start (eq 6)
+    scan_checkpoint: int = 4        # the scan keeps W every so many mini-batches, for its backward pass
+    gate_init: float = 0.3          # alpha at the start (eq 6): small, so that untrained layers disturb little; at 0 they vanish
     backend: str = "auto"           # of ttt_scan: auto, triton, cuda, torch, dual or autograd
 
     # Training (appendix A)
@@ -187,8 +190,8 @@ LR_END = 1e-5                       # where the cosine schedule ends
 # A small network learns with larger steps, and a laptop affords fewer of them. "pretrain" stands in for
 # CogVideoX-5B: 3-second clips, layer "local", shared by all layers; its weights ship in assets/. It is not part of the
 # paper's recipe, so it may use Muon, which learns faster than AdamW here.
-# DIFF: stages longer than a segment train at high noise only, where the colours of a scene are decided. With less noise a scene shows
-# its own colours, with more no scene shows any: only in between does another scene have something to tell.
+# DIFF: pocket and small train stages longer than a segment at high noise only, where the colours of a scene are decided. With
+# less noise a scene shows its own colours, with more no scene shows any: only in between does another scene have something to tell.
 RETURNS = dict(schedule_rest="cosine", noise=(0.8, 0.96))
 POCKET_STAGES = {
     "pretrain": Stage(1, 4000, 8, 4e-3, 4e-3, "cosine", "cosine", everything=True, lr_muon=0.05),
@@ -198,7 +201,7 @@ POCKET_STAGES = {
     "30s": Stage(10, 250, 2, 1e-3, 2e-4, **RETURNS),
     "63s": Stage(21, 400, 1, 1e-3, 2e-4, **RETURNS),
 }
-# The preset in between starts from nothing too, and has a GPU. Not yet run on one: these numbers are a first guess.
+# The preset in between starts from nothing too, and is meant for a GPU. Not yet run on one: these numbers are a first guess.
 SMALL_STAGES = {
     "pretrain": Stage(1, 20000, 32, 1e-3, 1e-3, "cosine", "cosine", everything=True, lr_muon=0.02),
     "3s": Stage(1, 1000, 32, 1e-3, 2e-4, "cosine", "cosine", everything=True),
@@ -325,7 +328,7 @@ class Layout:
     def own(self, video, texts):    # [B, T, ...] and [B, S, ...] -> the latent frames and texts that are here
         return video, texts
 
-    def with_border(self, y):       # [B, H, L, F] as stored -> the same beginning with the frame shared with the past
+    def with_border(self, y):       # [B, H, L, F] as stored -> frames behind the past's last one, if that is elsewhere
         return y
 
     def merge_border(self, y):      # and back, the two outputs of a shared frame averaged
@@ -386,11 +389,15 @@ def scan_rope(layout, width, theta, device):
 #     W <- W - dl/dW                                                         one step a mini-batch         (eq 13)
 #     z_j = q_j + LN(f(q_j; W))                                              with the UPDATED W            (eq 14)
 #
-# Every token of a mini-batch reads the W that has seen the whole mini-batch: nothing is causal inside it, and
-# so no mask appears anywhere. Between mini-batches only W is carried.
+# The step comes first, so that a token's output knows its own mini-batch too. All b tokens read the same W, which has seen
+# all of them: there is nothing to mask. That is allowed because diffusion denoises all tokens at once; none is predicted
+# from those before it. The learning rate of each token is in the loss, so the step is 1.
 #
-# One mini-batch, tensors [n, b, F] with n = batch x heads; W = (W1 [n,F,F], b1 [n,1,F]) for TTT-Linear or
-# (W1 [n,F,E], b1 [n,1,E], W2 [n,E,F], b2 [n,1,F]) for TTT-MLP; eta [n,b,1]; gamma, beta [n,1,F] belong to LN.
+# Between mini-batches only W is carried. A scan starts from a learned W, the same for every video, and drops its last one.
+#
+# One mini-batch, tensors [n, b, F] with n = batch x heads (as a size F is the width of a head, in code torch's functional);
+# W = (W1 [n,F,F], b1 [n,1,F]) for TTT-Linear or (W1 [n,F,E], b1 [n,1,E], W2 [n,E,F], b2 [n,1,F]) for TTT-MLP; eta [n,b,1];
+# gamma, beta [n,1,F] belong to LN.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +446,7 @@ def over_tokens(x):                                                             
 
 
 def gelu_derivatives(x, order):
-    """gelu_tanh(x) = x s, s = sigmoid(2c x (1 + d x^2)), and its first `order` derivatives.
+    """gelu_tanh(x) = x s, s = sigmoid(2c x (1 + d x^2)) with c = sqrt(2 / pi), and its first `order` derivatives.
 
     With p = 2c (1/3 + d x^2) and u = x p they are s + 3 u s' and (9 p (u (1 - 2s) + 4/3) - 4c) s', where s' = s (1 - s).
     """
@@ -458,10 +465,10 @@ def gelu_derivatives(x, order):
 def step_dual(W, q, k, v, eta, gamma, beta, eps):
     """The naive dual form: the outputs without ever forming the new W1 and W2 for them.
 
-    f(q; W - dl/dW) = q W1 + b1 - (q k^T + 1) * eta  G1, and the same once more for the second layer, where
-    G = d(1/2 ||.||^2)/dZ comes before eta. The paper's lineage computes TTT so; because nothing is masked, the
-    b x b products can be folded into the new W at once, and step_primal below is equal and cheaper (7 products of
-    b x F x E against 9.5). This form stays as what everything faster is tested against.
+    f(q; W - dl/dW) = q W1 + b1 - (q k^T + 1) * eta  G1, and the same once more for the second layer. G1 is the gradient
+    of 1/2 ||.||^2 on Z1 = k W1 + b1, before eta. The paper's lineage computes TTT so; because nothing is masked, the
+    b x b products can be folded into the new W at once, and the primal form below is equal and cheaper (7 products of
+    b x F x E against 9.5 where b = F). This form stays as what everything faster is tested against.
     """
     xh, statistics = normalise(inner_model(W, k), eps)
     G = J(gamma * (gamma * xh + beta - (v - k)), statistics)                          # [n, b, F]
@@ -484,9 +491,10 @@ def step_dual(W, q, k, v, eta, gamma, beta, eps):
 
 
 def inner_gradient(W, k, shift, eta, gamma, eps, order=1):
-    """The primal form: dl/dW as (G1 and its input, G2 and its input), and all that its own backward pass needs again.
+    """The primal form: what dl/dW is made of, and all that its own backward pass needs again.
 
-    shift = beta - (v - k), so that the error LN(f(k)) - (v - k) is gamma xh + shift.
+    shift = beta - (v - k), so that the error LN(f(k)) - (v - k) is gamma xh + shift. Returns xh, J's statistics, the error,
+    p (the gradient on xh), gZ = J[p] and G = eta gZ; for TTT-MLP also X2, the gradient on X2, G1, and GELU's derivatives.
     """
     Z = torch.baddbmm(W[1], k, W[0])                                                  # k W1 + b1
     if len(W) == 4:
@@ -495,16 +503,16 @@ def inner_gradient(W, k, shift, eta, gamma, eps, order=1):
     xh, statistics = normalise(Z, eps)
     error = torch.addcmul(shift, gamma, xh)
     p = gamma * error
-    L = J(p, statistics)                                                              # the gradient on Z, before eta
-    G = eta * L
+    gZ = J(p, statistics)                                                             # the gradient on Z, before eta
+    G = eta * gZ
     if len(W) == 2:
-        return xh, statistics, error, p, L, G
-    M = G @ W[2].mT                                                                   # the gradient on X2
-    return xh, statistics, error, p, L, G, X2, M, M * slopes[0], slopes
+        return xh, statistics, error, p, gZ, G
+    gX2 = G @ W[2].mT                                                                 # the gradient on X2
+    return xh, statistics, error, p, gZ, G, X2, gX2, gX2 * slopes[0], slopes
 
 
 def descend(W, k, gradient):
-    """W - dl/dW."""
+    """The step, from what inner_gradient returns: W - dl/dW."""
     G, *rest = gradient[5:]
     if not rest:
         return torch.baddbmm(W[0], k.mT, G, alpha=-1), W[1] - over_tokens(G)
@@ -516,8 +524,9 @@ def descend(W, k, gradient):
 class PrimalScan(torch.autograd.Function):
     """All mini-batches, one after the other, with the backward pass written out by hand.
 
-    Forward keeps W every `every` mini-batches. Backward takes the groups last to first: it replays a group from its
-    W, then walks it backwards. Carried from step to step is dW, the gradient on the state.
+    Forward keeps W every `every` mini-batches: one scan of a minute at 5b has 5,411 x 48 heads x 132 KB = 34 GB of them, and
+    keeps 2.2 GB. Backward takes these groups last to first: it replays a group from its W, then walks it backwards. Carried
+    from step to step is dW, the gradient on the state.
     """
 
     @staticmethod
@@ -538,7 +547,7 @@ class PrimalScan(torch.autograd.Function):
         q, k, v, eta, gamma, beta, *kept = ctx.saved_tensors
         dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
         dW, dgamma, shift = [dw.clone() for dw in dW], torch.zeros_like(q[0]), beta - (v - k)
-        new = kept[-ctx.size:]
+        new = kept[-ctx.size:]                                # the last W: outputs read the W after their step
         for start in reversed(range(0, len(q), ctx.every)):
             W, replay = kept[start // ctx.every * ctx.size:][:ctx.size], []
             for t in range(start, min(start + ctx.every, len(q))):
@@ -574,30 +583,31 @@ def backward_of_read(dout, W, q, gamma, eps, dW, dgamma):
 
 def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
     """Gradients on k, v and eta of one update. On entry dW is the gradient on the new W, on return on the old one."""
-    xh, statistics, error, p, L, G, *rest = gradient
+    xh, statistics, error, p, gZ, G, *rest = gradient
     # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
     if len(W) == 4:
-        X2, M, G1, (slope, bend) = rest
+        X2, gX2, G1, (slope, bend) = rest
         dG1 = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
         dk = G1 @ dW[0].mT                                                            # minus this falls on k
         dG = torch.baddbmm(dW[3], X2, dW[2], alpha=-1, beta=-1)
         dX2 = G @ dW[2].mT                                                            # minus this falls on X2
-        dM = dG1 * slope                                                              # through G1 = M * slope, M = G W2^T
-        dZ1 = dG1.mul_(M).mul_(bend)
-        dG.baddbmm_(dM, W[2])
-        dW[2].baddbmm_(dM.mT, G)
+        dgX2 = dG1 * slope                                                            # through G1 = gX2 * slope, gX2 = G W2^T
+        dZ1 = dG1.mul_(gX2).mul_(bend)
+        dG.baddbmm_(dgX2, W[2])
+        dW[2].baddbmm_(dgX2.mT, G)
     else:
         dG = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
         dk = G @ dW[0].mT
-    # Through G = eta L with L = J[p], p = gamma * error. J depends on Z as well: the second line of dZ.
-    deta = (dG * L).sum(-1, keepdim=True)
+    # Through G = eta gZ with gZ = J[p], p = gamma * error. In J = r (p - mean(p) - xh mean(p xh)) xh and r depend on Z as well: the
+    # second line of dZ.
+    deta = (dG * gZ).sum(-1, keepdim=True)
     U = eta * dG
     w = J(U, statistics)                                                              # the gradient on p
     dv = -gamma * w
     dgamma.addcmul_(w, torch.addcmul(error, gamma, xh))
-    along_p, along_U, along_L = ((x * y).mean(-1, keepdim=True) for x, y in ((p, xh), (U, xh), (U, L)))
+    along_p, along_U, along_gZ = ((x * y).mean(-1, keepdim=True) for x, y in ((p, xh), (U, xh), (U, gZ)))
     dZ = J(-gamma * dv, statistics)
-    dZ -= statistics[2] * (w * along_p).addcmul_(L, along_U).addcmul_(xh, along_L)
+    dZ -= statistics[2] * (w * along_p).addcmul_(gZ, along_U).addcmul_(xh, along_gZ)
     # Through the first forward pass, Z = f(k; W).
     if len(W) == 4:
         dW[2].baddbmm_(X2.mT, dZ)
@@ -614,10 +624,10 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
     kind        "linear" or "mlp"
     weights     the initial hidden state: (W1 [H,F,F], b1 [H,F]) or (W1 [H,F,4F], b1 [H,4F], W2 [H,4F,F], b2 [H,F]);
                 a leading batch axis is allowed
-    q, k, v     [B, H, L, F], any L >= 1; v is already normalised, the scan itself subtracts k
+    q, k, v     [B, H, L, F], any L >= 1; the scan itself subtracts k from v
     eta         [B, H, L], the full step size of each token
     ln_gamma, ln_beta   [H, F], of the LayerNorm around f
-    checkpoint  the backward pass keeps W every so many mini-batches and recomputes in between
+    checkpoint  W is kept every so many mini-batches, and recomputed in between by the backward pass (not of "autograd" and "dual")
     backend     "autograd" (the definition), "dual" (naive dual form), "torch" (primal form with a closed-form backward); "triton"
                 (one kernel a pass, section K); "cuda" (ttt_kernel.cu, on Hopper GPUs); "auto" takes the fastest that fits and
                 has proved itself, and says which on a GPU
@@ -648,7 +658,7 @@ def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, e
 def scan_in_torch(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint, backend):
     """ttt_scan with "autograd", "dual" or "torch"."""
     B, H, L, width = q.shape
-    if q.numel() > SCAN_AT_ONCE and H > 1 and not torch.is_grad_enabled():      # a minute at 5b: half of the heads, then the others
+    if q.numel() > SCAN_AT_ONCE and H > 1 and not torch.is_grad_enabled():      # a minute at 5b: some heads at a time
         halves = zip(*[x.chunk(2, dim=1) for x in (q, k, v, eta)], *[x.chunk(2, dim=-2) for x in (ln_gamma, ln_beta)],
                      zip(*[w.chunk(2, dim=-len(e)) for w, e in zip(weights, expected)]))
         outs, lasts = zip(*[ttt_scan(kind, W, *half, mini_batch, eps=eps, checkpoint=checkpoint, backend=backend) for *half, W in halves])
@@ -927,8 +937,8 @@ def tile_backward_of_step(W, dW, spare, k, v, eta, gamma, beta, eps,
     xh, r = tile_normalise(model(W, k, F, E, PRECISION), eps)
     error = gamma * xh + beta - (v - k)
     p = gamma * error
-    L = tile_J(p, xh, r)
-    G = eta * L
+    gZ = tile_J(p, xh, r)
+    G = eta * gZ
     rows = spare + tl.arange(0, b)[:, None] * F + tl.arange(0, F)[None, :]
     # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
     if E == F:
@@ -944,22 +954,22 @@ def tile_backward_of_step(W, dW, spare, k, v, eta, gamma, beta, eps,
             dG -= tile_dot(X2, dW2, PRECISION)
             dX2 = -tile_dot(G, dW2.T, PRECISION)
             W2, dW1 = tl.load(W2_at(W, e, F, E)), tl.load(W1_at(dW, e, F, E))
-            M = tile_dot(G, W2.T, PRECISION)
-            dk -= tile_dot(M * slope, dW1.T, PRECISION)
+            gX2 = tile_dot(G, W2.T, PRECISION)
+            dk -= tile_dot(gX2 * slope, dW1.T, PRECISION)
             dG1 = -tile_dot(k, dW1, PRECISION) - tl.load(b1_at(dW, e, F, E))
             # dZ1, but for what comes through dZ and is not known yet.
-            tl.store(rows + e * b * F, dG1 * M * bend + dX2 * slope)
-            dM = dG1 * slope
-            dG += tile_dot(dM, W2, PRECISION)
-            tl.store(W2_at(dW, e, F, E), dW2 + tile_dot(dM.T, G, PRECISION))
+            tl.store(rows + e * b * F, dG1 * gX2 * bend + dX2 * slope)
+            dgX2 = dG1 * slope
+            dG += tile_dot(dgX2, W2, PRECISION)
+            tl.store(W2_at(dW, e, F, E), dW2 + tile_dot(dgX2.T, G, PRECISION))
         tl.debug_barrier()
-    # Through G = eta L with L = J[p].
-    deta = tl.sum(dG * L, 1)
+    # Through G = eta gZ with gZ = J[p].
+    deta = tl.sum(dG * gZ, 1)
     U = eta * dG
     w = tile_J(U, xh, r)
     dv = -gamma * w
     dgamma = tl.sum(w * (error + gamma * xh), 0)[None, :]
-    dZ = tile_J(-gamma * dv, xh, r) - r * (w * tile_mean(p * xh) + L * tile_mean(U * xh) + xh * tile_mean(U * L))
+    dZ = tile_J(-gamma * dv, xh, r) - r * (w * tile_mean(p * xh) + gZ * tile_mean(U * xh) + xh * tile_mean(U * gZ))
     # Through the first forward pass, Z = f(k; W).
     dk = tile_backward_of_model(dZ, W, dW, k, dk - dv, rows, F, E, b, PRECISION)
     return dk, dv, deta, dgamma
@@ -1489,12 +1499,12 @@ class LocalAttention(nn.Module):
         q, k, v = (whole.with_border(y) for y in (q, k, v))
         S, frame = layout.segments, layout.grid[1] * layout.grid[2]
         rope = rope_table((13, *layout.grid[1:]), q.shape[-1], self.config.rope_theta, q.device)
-        own = 12 * torch.arange(S, device=q.device)[:, None] + torch.arange(13, device=q.device)
+        attended = 12 * torch.arange(S, device=q.device)[:, None] + torch.arange(13, device=q.device)
 
         def split(y, turn):                                   # stored tokens -> one sequence a segment
             text, video = y.split([layout.text_tokens, layout.tokens - layout.text_tokens], dim=2)
             text = rearrange(text, "B H (S N) F -> B S H N F", S=S)
-            video = rearrange(video, "B H (T f) F -> B H T f F", f=frame)[:, :, own]
+            video = rearrange(video, "B H (T f) F -> B H T f F", f=frame)[:, :, attended]
             video = rearrange(video, "B H S t f F -> B S H (t f) F")
             return torch.cat([text, rotate(video, rope) if turn else video], dim=3).flatten(0, 1)
 
@@ -1718,7 +1728,8 @@ LAYERS = {"local": None, "full": None, "swa": SlidingWindow, "ttt_linear": TTT, 
 
 
 class Gate(nn.Module):
-    """tanh(alpha) * y, alpha a vector for text and one for video tokens, all gate_init at the start (eq 6).
+    """tanh(alpha) * y, alpha a vector for text and one for video tokens, all gate_init at the start (eq 6). With alpha = 0 the
+    block is CogVideoX's own; it starts small so that the untrained layer disturbs little of what was learned before.
     DIFF: the paper has one alpha; its code has these two."""
 
     def __init__(self, config):
@@ -2508,7 +2519,7 @@ def make_optimizers(model, stage, config):
 @torch.no_grad()
 def unit_attention(model):
     """The same function with attention outputs near 1. Muon's steps have no scale: attention grew to hundreds while adaLN's
-    gate shrank, and beside hundreds a TTT layer behind its gate of 0.1 would be nothing."""
+    gate shrank, and beside hundreds a TTT layer behind its gate would be nothing."""
     for block in model.blocks:
         v, out, norm = block.attention.qkv[2], block.attention.out, block.norm_1.linear
         scale = (out.weight @ v.weight).norm() / model.config.dim ** 0.5
@@ -2782,7 +2793,7 @@ def check_loss(loss, norm, recent, where, folder, devices):
 
 
 def train(model, name, stage, runs, folder, save_every, devices):
-    """One stage: for step: learning rate, batch, loss, backward, clip, step, log. Goes on from a saved state if there is one.
+    """One stage. Goes on from a saved state if there is one.
 
     Ctrl-C or SIGTERM ends the step, saves and leaves.
     """
@@ -2905,7 +2916,7 @@ def config_from(args):
 
 
 def pick_device(name=None):
-    """cuda, then mps, then cpu, or the one asked for."""
+    """The device asked for, or the first of these that there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = torch.device(name or next(kind for kind in there if there[kind]))
     if not there.get(device.type, False):
