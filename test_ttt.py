@@ -1165,6 +1165,21 @@ def test_one_command_trains_what_the_stage_needs_and_ends_with_a_video(trained):
     assert {"stage", "step", "loss", "lr", "lr_new", "grad_norm", "ms", "tokens_per_second", "memory_gb"} <= set(lines[0])
 
 
+def test_a_world_grows_by_the_episodes_it_lacks(tmp_path, capsys):
+    def plan(*flags):
+        assert run(ttt_minute, "--out_dir", tmp_path, *SMALL, "--steps", 1, *flags) == 0
+        return capsys.readouterr().out
+
+    assert "1 episodes of a minute" in plan("--stage", "pretrain", "--episodes", 1)
+    first = tmp_path / "pocket-world/latents-64x96/episode-0000000.safetensors"
+    made = first.stat().st_mtime_ns
+    assert "episodes of a minute" not in plan("--stage", "3s", "--dry_run")
+    assert "1 episodes of a minute" in plan("--stage", "3s", "--episodes", 2)
+    assert len(dataset.Runs(first.parent, 21)) == 2 and first.stat().st_mtime_ns == made
+    assert run(ttt_minute, "--out_dir", tmp_path, *SMALL, "--stage", "9s", "--episodes", 1) == 2
+    assert "holds 2 already" in capsys.readouterr().err
+
+
 def test_a_later_stage_changes_only_what_it_trains(trained):
     before, after = (load_file(trained / f"pocket-ttt_mlp/{stage}/model.safetensors") for stage in ("3s", "9s"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -1268,7 +1283,8 @@ def test_a_storyboard_becomes_a_video_of_its_own_length(trained, tmp_path):
     (["--steps", "0"], "--steps 0"), (["--head_width", "20"], "multiple of 16"), (["--device", "cuda:99"], "--device cuda"),
     (["--data", "nowhere"], "nowhere"), (["--preset", "5b"], "--stage 3s"), (["--preset", "5b", "--stage", "3s"], "CogVideoX-5B's weights"),
     (["--preset", "5b", "--stage", "pretrain"], "stages 3s"), (["--init_from", "."], "--preset 5b"), (["--micro_batch", "0"], "--micro_batch 0"),
-    (["--context_parallel", "2"], "--context_parallel 2"), (["--shard", "3"], "--shard 3")])
+    (["--context_parallel", "2"], "--context_parallel 2"), (["--shard", "3"], "--shard 3"),
+    (["--data", "nowhere", "--episodes", "3"], "--episodes 3"), (["--episodes", "0"], "--episodes 0")])
 def test_a_users_mistake_is_one_sentence_and_exit_status_2(flags, message, tmp_path, capsys):
     if "cuda" in " ".join(flags) and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

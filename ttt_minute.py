@@ -3029,7 +3029,7 @@ def main():
     parser.add_argument("--stage", choices=list(STAGES), default="9s", help="train up to this stage (default 9s)")
     parser.add_argument("--out_dir", default="out", help="where runs are written (default out)")
     parser.add_argument("--data", help="a folder made by `dataset.py --ingest` (default: the pocket world, rendered when missing)")
-    parser.add_argument("--episodes", type=int, default=256, help="one-minute episodes of the pocket world to train on (default 256)")
+    parser.add_argument("--episodes", type=int, help="one-minute episodes of the pocket world to train on (default 256)")
     parser.add_argument("--steps", type=int, help="steps of every stage, in place of the preset's")
     parser.add_argument("--batch_size", type=int, help="videos a step, in place of the preset's")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="save what --resume needs every so many steps (default 100)")
@@ -3059,10 +3059,16 @@ def main():
     folders = {name: run_folder(args.out_dir, config, name) for name in chain}
     start, todo = find_start(args, config, chain)
     data = Path(args.data or Path(args.out_dir) / "pocket-world" / "latents-{}x{}".format(*config.frame_size))
-    rendered = args.data or (data / "index.json").exists() or config.preset == "5b"
-    episodes = 0 if rendered or not todo else args.episodes
+    own_videos = args.data or config.preset == "5b"
+    if own_videos and args.episodes:
+        raise UserError(f"--episodes {args.episodes}: it counts episodes of the pocket world; this run takes {args.data or 'the videos of --data'}")
+    there = len(list(data.glob("*.safetensors"))) if (data / "index.json").exists() else 0
+    episodes = args.episodes or there or 256
+    if episodes < there:
+        raise UserError(f"--episodes {episodes}: {data} holds {there} already; take another --out_dir for fewer")
+    missing = 0 if own_videos or not todo else episodes - there
     if args.dry_run:
-        print_plan(config, stages, todo or chain, start if todo else None, device, episodes)
+        print_plan(config, stages, todo or chain, start if todo else None, device, missing)
         return print_cost(config, stages, todo or chain) if config.preset != "pocket" else None
     if config.preset == "5b":
         check_5b(args, start, todo)
@@ -3073,8 +3079,8 @@ def main():
     device = devices.device
     check_devices(devices, config, {name: stages[name] for name in todo or [args.stage]})
     if todo:
-        devices.first(lambda: print_plan(config, stages, todo, start, device, episodes))
-    if episodes:
+        devices.first(lambda: print_plan(config, stages, todo, start, device, missing))
+    if missing:
         devices.first(lambda: make_world(Path(args.out_dir) / "pocket-world" / "videos", data, episodes, config))
     import sample
     runs = open_runs(data, stages[args.stage].segments, config) if todo or args.data else None      # a mistake should show before hours of work
