@@ -1227,6 +1227,20 @@ def test_an_interrupted_run_resumes_bit_for_bit(trained, world, tmp_path, monkey
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+def test_a_run_resumes_with_the_same_steps_batch_and_videos_only(trained, world, tmp_path, capsys):
+    shutil.copytree(trained / "pocket-ttt_mlp/3s", tmp_path / "pocket-ttt_mlp/3s", ignore=shutil.ignore_patterns("model.safetensors"))
+    (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
+    index = json.loads((world / "index.json").read_text())
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    (fewer / "index.json").write_text(json.dumps(index | {"videos": index["videos"][:1]}))
+    (fewer / index["videos"][0]["file"]).symlink_to(world / index["videos"][0]["file"])
+    flags = ["--stage", "3s", "--out_dir", tmp_path, *SMALL, "--resume", "--data"]
+    for changed, sentence in [((world, "--steps", 5), "steps 4, this one has 5"), ((world, "--batch_size", 1), "batch 2, this one has 1"),
+                              ((fewer,), f"videos {len(dataset.Runs(world, 1))}, this one has {len(dataset.Runs(fewer, 1))}")]:
+        assert sentence in str(run(ttt_minute, *flags, *changed)) + capsys.readouterr().err
+
+
 def test_nan_stops_the_run_and_keeps_the_last_good_state(trained, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
     loss = ttt_minute.diffusion_loss

@@ -2729,9 +2729,9 @@ def load_state(folder, model, optimizers, manifest, devices):
         raise UserError(f"{folder / 'state'}: no state is whole; start the stage again with --overwrite")
     check_config(path, saved["config"], manifest["config"])
     dataset.check_encoders(path, saved["encoders"], manifest["encoders"], "start the stage again with --overwrite")
-    for key in ("batch", "steps"):
+    for key in ("batch", "steps", "videos"):
         if saved[key] != manifest[key]:
-            raise UserError(f"{path} was made by a run with {key} {saved[key]}, this one has {manifest[key]}; resume with the same flags")
+            raise UserError(f"{path} was made by a run with {key} {saved[key]}, this one has {manifest[key]}; resume with the same flags and data")
     reader = HuggingFaceStorageReader(str(path))
     shapes = {tuple(key.split(".", 1)): entry.size for key, entry in reader.read_metadata().state_dict_metadata.items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -2801,7 +2801,8 @@ def train(model, name, stage, runs, folder, save_every, devices):
     optimizers = make_optimizers(model, stage, config)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trainable = [parameter for group in groups for parameter in group["params"]]
-    manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch, encoders=runs.encoders)
+    manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch, videos=len(runs),
+                    encoders=runs.encoders)
     prepare(model)
     first = load_state(folder, model, optimizers, manifest, devices) if saved_states(folder) else 0
     tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
