@@ -1292,13 +1292,8 @@ def write_index(out, codec, text_encoder):
 # 8. The loader ----------------------------------------------------------------------------------------------
 
 
-def encoder_ids(codec, text_encoder):
-    """What latents, text embeddings and a network trained on them have in common."""
-    return {"codec": codec.id, "text_encoder": text_encoder.id}
-
-
 def check_encoders(where, made_with, ids, remedy):
-    """Raises UserError if the ids differ: numbers of one codec mean nothing to another."""
+    """Raises UserError if the ids of codec or text encoder differ: numbers of one mean nothing to another."""
     for kind, name in ids.items():
         if made_with.get(kind) != name:
             raise UserError(f"{where} was made with the {kind.replace('_', ' ')} {made_with.get(kind)}, not {name}; {remedy}")
@@ -1325,18 +1320,17 @@ class Runs:
     """Every run of `segments` consecutive segments of the ingested videos in `folder`; len() counts them. If there are runs in which a
     place returns, only these.
 
-    Raises UserError: folder or index missing, made with other encoders than `ids`, a damaged file, no video long enough.
+    Raises UserError: folder or index missing, a damaged file, no video long enough.
     """
     in_memory = 1 << 30                                             # bytes up to which everything is kept in memory
 
-    def __init__(self, folder, segments, ids=None):
+    def __init__(self, folder, segments):
         self.folder, self.segments = Path(folder), segments
         if not (self.folder / "index.json").exists():
             raise UserError(f"{folder}: no dataset here, make one with python dataset.py --ingest VIDEOS --out {folder}")
         self.index = read_json(read_text(self.folder / "index.json"), f"{folder}/index.json")
         if not isinstance(self.index, dict) or self.index.get("format") != FORMAT:
             raise UserError(f"{folder}/index.json: not of the format {FORMAT}; ingest the videos again")
-        check_encoders(folder, self.index, ids or {}, "ingest the videos again")
         self.encoders = {kind: self.index[kind] for kind in ("codec", "text_encoder")}
         videos = self.index["videos"]
         self.runs = [(i, start) for i, video in enumerate(videos) for start in range(video["segments"] - segments + 1)]

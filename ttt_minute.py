@@ -2401,11 +2401,6 @@ def training_parts(config, stage, gpus, sharing):
     return {part: size / 1e9 for part, size in parts.items()}
 
 
-def training_gb(config, stage, gpus):
-    """Memory of a GPU in GB, with as few GPUs to a video as fit."""
-    return sum(training_parts(config, stage, gpus, sharing_for(config, stage, gpus) or 1).values())
-
-
 def exchanged_bytes(config, segments, sharing):
     """What a GPU sends to the others that share a video, on average, in one pass of the network over it, in bf16 where it is that."""
     D, H, width, C = config.dim, config.heads, config.head_width, sharing
@@ -2445,7 +2440,6 @@ def sampling_gb(config, segments):
 
 def print_cost(config, stages, names):
     """Tokens, parameters, FLOPs and memory of every stage."""
-    gpus = 1, 8, 64, 256
     print("tokens of a video, parameters, and TFLOP of one video in a training step, by part")
     parts = [part for part, flops in forward_flops(config, 1).items() if flops]
     print(f"{'stage':<9} {'tokens':>7} {'paper':>7} {'trained':>14}" + "".join(f"{part:>19}" for part in parts) + f"{'in all':>10}")
