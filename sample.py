@@ -1,5 +1,6 @@
 """From a storyboard to a video.
 
+    python sample.py                                                        # a minute, by the weights in assets/
     python sample.py --stage 9s                                             # a storyboard that training never saw
     python sample.py --stage 9s --storyboard story.txt --out video.mp4      # your own, in Format 3, JSON or JSONL
     python sample.py --stage 63s --layer local --seed 7
@@ -29,8 +30,8 @@ from tqdm import tqdm
 
 import dataset
 from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
-from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_device_flags, add_noise, alphas_cumprod, build, find_checkpoint, join,
-                        load_checkpoint, pick_device, run_folder, save_model, together, whole_video)
+from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_device_flags, add_noise, alphas_cumprod, build, check_devices,
+                        find_checkpoint, join, load_checkpoint, pick_device, run_folder, save_model, together, whole_video)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Diffusion backwards (appendix A)
@@ -540,7 +541,7 @@ def load_stage(args, config):
 def main():
     parser = Parser("sample.py", description="Turn a storyboard into a video with a trained stage.",
                     epilog="example: python sample.py --stage 9s --storyboard story.txt --out video.mp4")
-    parser.add_argument("--stage", choices=list(STAGES), default="9s", help="the stage that was trained (default 9s)")
+    parser.add_argument("--stage", choices=list(STAGES), default="63s", help="the stage that was trained (default 63s; its weights ship in assets/)")
     parser.add_argument("--preset", choices=list(PRESETS), default="pocket")
     parser.add_argument("--layer", choices=list(LAYERS), default="ttt_mlp")
     parser.add_argument("--storyboard", help="Format 3 text (.txt), JSON or JSONL; a paragraph is 3 seconds (default: a held-out one)")
@@ -605,8 +606,7 @@ def main():
     codec, texts = devices.first(read) or (None, None)
     half = args.preset == "5b" and device.type == "cuda"                          # 14 GB of weights in place of 29
     network = build(lambda: model.to(torch.bfloat16 if half else torch.float32), devices)
-    if network.config.heads % devices.context:
-        raise UserError(f"--context_parallel {devices.context} does not divide the {network.config.heads} heads")
+    check_devices(devices, network.config, {})
     for number, (board, (text, negative)) in enumerate(zip(boards, devices.tell(texts)), 1):
         name = out if len(boards) == 1 else out.with_stem(f"{out.stem}-{number}")
         if len(board) < devices.context:
@@ -614,7 +614,7 @@ def main():
         begin = time.perf_counter()
         latents = generate(network, text, negative, args.seed, steps=args.steps, guidance=tuple(args.guidance))
         devices.first(lambda: save_video(codec.decode(latents), board, name))
-        print(f"{name}: {3 * len(board)} seconds of video in {time.perf_counter() - begin:.0f} s; contact sheet {name.with_suffix('.png')}")
+        print(f"{name}: {3 * len(board)} seconds of video by {path} in {time.perf_counter() - begin:.0f} s; contact sheet {name.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -1433,6 +1433,27 @@ def test_many_processes_train_and_sample_like_one():
     in_processes(4, compare_arrangements, [("ttt_mlp", 3, 2, 2, 1), ("ttt_mlp", 1, 1, 4, 4), ("gated_deltanet", 5, 4, 1, 4), ("full", 2, 2, 4, 2)])
 
 
+def test_a_layer_that_would_read_a_part_of_the_video_only_is_refused(monkeypatch):
+    class Recurrent(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.gru = torch.nn.GRU(config.dim, config.dim, batch_first=True)
+
+        def forward(self, x, layout):
+            return self.gru(x)[0]
+
+    monkeypatch.setitem(ttt_minute.LAYERS, "recurrent", Recurrent)
+    two = ttt_minute.Devices(CPU, count=2, context=2)
+    for layer in ttt_minute.LAYERS:
+        config = Config(layer=layer, backend="cuda")
+        if layer == "recurrent":
+            with pytest.raises(UserError, match="recurrent never calls layout.by_head"):
+                ttt_minute.check_devices(two, config, {})
+        else:
+            ttt_minute.check_devices(two, config, {})
+    ttt_minute.check_devices(ttt_minute.Devices(CPU), Config(layer="recurrent"), {})
+
+
 @SLOW
 @pytest.mark.parametrize("layer", list(ttt_minute.LAYERS))
 @pytest.mark.parametrize("count", [2, 4])
@@ -3256,7 +3277,7 @@ def test_exercise_02_the_dual_form_of_ttt_linear(source):
     linear_dual, = written(source, "linear_dual")
     W, q, k, v, eta, gamma, beta, eps = step = inner_step("linear")
     right, new = step_autograd(*step)
-    _, _, _, _, gZ, G = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
+    gradient = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
 
     def read(Z):
         return q + gamma * F.layer_norm(Z, Z.shape[-1:], eps=eps) + beta
@@ -3265,9 +3286,9 @@ def test_exercise_02_the_dual_form_of_ttt_linear(source):
     answer, weights = linear_dual(*step)
     judge(answer, right, {
         "the output reads the weights AFTER the step; this is what the old ones say": read(before),
-        "the bias b1 takes a step too: where does the 1 in (q k^T + 1) come from?": read(before - scores @ G),
-        "eta belongs to the token that is learned (a column of q k^T), not to the one that asks": read(before - eta * ((scores + 1) @ gZ)),
-        "nothing is causal inside a mini-batch: every token reads the W that has seen all of them": read(before - (scores + 1).tril() @ G)})
+        "the bias b1 takes a step too: where does the 1 in (q k^T + 1) come from?": read(before - scores @ gradient.G),
+        "eta belongs to the token that is learned (a column of q k^T), not to the one that asks": read(before - eta * ((scores + 1) @ gradient.gZ)),
+        "nothing is causal inside a mini-batch: every token reads the W that has seen all of them": read(before - (scores + 1).tril() @ gradient.G)})
     for mine, theirs in zip(weights, new):
         judge(mine, theirs, {})
 
@@ -3278,20 +3299,20 @@ def test_exercise_03_the_primal_form_of_ttt_mlp(source):
     mlp_primal, = written(source, "mlp_primal")
     W, q, k, v, eta, gamma, beta, eps = step = inner_step("mlp")
     right, new = step_autograd(*step)
-    *_, gZ, G, X2, gX2, G1, slopes = gradient = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
+    g = ttt_minute.inner_gradient(W, k, beta - (v - k), eta, gamma, eps)
 
     def read(W):
         return ttt_minute.read(W, q, gamma, beta, eps)
 
     def with_G1(G1):
-        return ttt_minute.descend(W, k, (*gradient[:-2], G1, slopes))
+        return ttt_minute.descend(W, k, g._replace(G1=G1))
 
     answer, weights = mlp_primal(*step)
     judge(answer, right, {
         "the output reads the weights AFTER the step (eq 14)": read(W),
-        "both layers step at once: the gradient passes through the W2 that made the error, not through the new one": read(with_G1((G @ new[2].mT) * slopes[0])),
-        "the way back leads through GELU: where is its slope?": read(with_G1(gX2)),
-        "eta weighs each token's loss, once: it is in the gradients of both layers, and in neither twice": read(with_G1(eta * G1))})
+        "both layers step at once: the gradient passes through the W2 that made the error, not through the new one": read(with_G1((g.G @ new[2].mT) * g.slopes[0])),
+        "the way back leads through GELU: where is its slope?": read(with_G1(g.gX2)),
+        "eta weighs each token's loss, once: it is in the gradients of both layers, and in neither twice": read(with_G1(eta * g.G1))})
     for mine, theirs in zip(weights, new):
         judge(mine, theirs, {})
     judge(answer, ttt_minute.step_dual(*step)[0], {})

@@ -58,6 +58,7 @@ import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -490,12 +491,23 @@ def step_dual(W, q, k, v, eta, gamma, beta, eps):
     return q + gamma * xhb + beta, W
 
 
-def inner_gradient(W, k, shift, eta, gamma, eps, order=1):
-    """The primal form: what dl/dW is made of, and all that its own backward pass needs again.
+class InnerGradient(NamedTuple):
+    """What dl/dW is made of, and what its own backward pass needs again."""
 
-    shift = beta - (v - k), so that the error LN(f(k)) - (v - k) is gamma xh + shift. Returns xh, J's statistics, the error,
-    p (the gradient on xh), gZ = J[p] and G = eta gZ; for TTT-MLP also X2, the gradient on X2, G1, and GELU's derivatives.
-    """
+    xh: torch.Tensor                # Z = f(k; W), normalised
+    statistics: tuple               # that J needs
+    error: torch.Tensor             # LN(f(k; W)) - (v - k)
+    p: torch.Tensor                 # gamma error, the gradient on xh before eta
+    gZ: torch.Tensor                # J[p], the gradient on Z before eta
+    G: torch.Tensor                 # eta gZ
+    X2: torch.Tensor = None         # TTT-MLP: what the second layer reads, GELU(k W1 + b1)
+    gX2: torch.Tensor = None        # G W2^T, the gradient on it
+    G1: torch.Tensor = None         # gX2 GELU', the gradient on k W1 + b1
+    slopes: tuple = None            # GELU's derivatives
+
+
+def inner_gradient(W, k, shift, eta, gamma, eps, order=1):
+    """The primal form. shift = beta - (v - k), so that the error is gamma xh + shift; `order` derivatives of GELU are kept."""
     Z = torch.baddbmm(W[1], k, W[0])                                                  # k W1 + b1
     if len(W) == 4:
         X2, *slopes = gelu_derivatives(Z, order)
@@ -506,19 +518,17 @@ def inner_gradient(W, k, shift, eta, gamma, eps, order=1):
     gZ = J(p, statistics)                                                             # the gradient on Z, before eta
     G = eta * gZ
     if len(W) == 2:
-        return xh, statistics, error, p, gZ, G
-    gX2 = G @ W[2].mT                                                                 # the gradient on X2
-    return xh, statistics, error, p, gZ, G, X2, gX2, gX2 * slopes[0], slopes
+        return InnerGradient(xh, statistics, error, p, gZ, G)
+    gX2 = G @ W[2].mT
+    return InnerGradient(xh, statistics, error, p, gZ, G, X2, gX2, gX2 * slopes[0], slopes)
 
 
-def descend(W, k, gradient):
-    """The step, from what inner_gradient returns: W - dl/dW."""
-    G, *rest = gradient[5:]
-    if not rest:
-        return torch.baddbmm(W[0], k.mT, G, alpha=-1), W[1] - over_tokens(G)
-    X2, _, G1, _ = rest
-    return (torch.baddbmm(W[0], k.mT, G1, alpha=-1), W[1] - over_tokens(G1),
-            torch.baddbmm(W[2], X2.mT, G, alpha=-1), W[3] - over_tokens(G))
+def descend(W, k, g):
+    """W - dl/dW, the step that an InnerGradient asks for."""
+    if len(W) == 2:
+        return torch.baddbmm(W[0], k.mT, g.G, alpha=-1), W[1] - over_tokens(g.G)
+    return (torch.baddbmm(W[0], k.mT, g.G1, alpha=-1), W[1] - over_tokens(g.G1),
+            torch.baddbmm(W[2], g.X2.mT, g.G, alpha=-1), W[3] - over_tokens(g.G))
 
 
 class PrimalScan(torch.autograd.Function):
@@ -552,8 +562,9 @@ class PrimalScan(torch.autograd.Function):
             W, replay = kept[start // ctx.every * ctx.size:][:ctx.size], []
             for t in range(start, min(start + ctx.every, len(q))):
                 if replay:
-                    W = descend(W, k[t - 1], replay[-1][2])
-                replay.append((t, W, inner_gradient(W, k[t], shift[t], eta[t], gamma, ctx.eps, order=2)))
+                    W = descend(W, k[t - 1], gradient)
+                gradient = inner_gradient(W, k[t], shift[t], eta[t], gamma, ctx.eps, order=2)
+                replay.append((t, W, gradient))
             while replay:
                 t, W, gradient = replay.pop()
                 dq[t] = backward_of_read(dout[t], new, q[t], gamma, ctx.eps, dW, dgamma)
@@ -583,10 +594,10 @@ def backward_of_read(dout, W, q, gamma, eps, dW, dgamma):
 
 def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
     """Gradients on k, v and eta of one update. On entry dW is the gradient on the new W, on return on the old one."""
-    xh, statistics, error, p, gZ, G, *rest = gradient
+    xh, statistics, error, p, gZ, G, X2, gX2, G1, slopes = gradient
     # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
     if len(W) == 4:
-        X2, gX2, G1, (slope, bend) = rest
+        slope, bend = slopes
         dG1 = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
         dk = G1 @ dW[0].mT                                                            # minus this falls on k
         dG = torch.baddbmm(dW[3], X2, dW[2], alpha=-1, beta=-1)
@@ -2269,10 +2280,28 @@ def whole_video(model, latents, text, t):
     return answer if answer.shape == latents.shape else model.layout(S, N, model.config.grid(S)).all_frames(answer)
 
 
+def asks_for_heads(config):
+    """Whether a global layer turns its tokens into heads by layout.by_head, as it must where several devices share a video."""
+    asked = []
+
+    class Asked(Layout):
+        def by_head(self, y):
+            asked.append(True)
+            return y
+
+    layout = Asked(1, 1, (13, 1, 1))
+    with torch.no_grad():
+        LAYERS[config.layer](dataclasses.replace(config, backend="torch"))(torch.zeros(1, layout.tokens, config.dim), layout)
+    return bool(asked)
+
+
 def check_devices(devices, config, stages):
     """UserError where so many processes cannot work on these stages."""
     if devices.context > 1 and config.layer != "local" and config.heads % devices.context:
         raise UserError(f"--context_parallel {devices.context} does not divide the {config.heads} heads")
+    if devices.context > 1 and LAYERS[config.layer] and not asks_for_heads(config):
+        raise UserError(f"--context_parallel {devices.context}: layer {config.layer} never calls layout.by_head, so that on each device it would "
+                        "read that device's segments only; let it ask for its heads as TTT does")
     for name, stage in stages.items():
         if devices.context > stage.segments:
             raise UserError(f"--context_parallel {devices.context}: stage {name} has {stage.segments} segments, each for one device")
