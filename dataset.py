@@ -783,7 +783,7 @@ class PocketCodec(nn.Module):
 
 
 def codec_groups(seed, episodes):
-    """Groups of four frames [n, 4, 64, 96, 3] from 6-segment episodes, read from video files as in section 6."""
+    """Groups of four frames [n, 4, 64, 96, 3] from 6-segment episodes, read from video files as in section 7."""
     groups = []
     with tempfile.TemporaryDirectory() as folder:
         render_world(folder, episodes, segments=6, seed=seed)
@@ -1246,7 +1246,8 @@ def ingest_video(job, codec, text_encoder, advance):
 def ingest(videos, out, codec, text_encoder):
     """Takes every video of the folder `videos`, NAME.mp4 with NAME.json beside it, to latents in the folder `out`.
 
-    `codec` and `text_encoder` are a pair of open_encoders. Files that are already there are kept. A bad video does not stop the others; a UserError at the end names every one that was left out.
+    `codec` and `text_encoder` are a pair of open_encoders. Files that are already there are kept. A bad video does not stop the others;
+    a UserError at the end names every one that was left out.
     """
     videos, out = Path(videos), Path(out)
     if not videos.is_dir():

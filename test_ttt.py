@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1322,7 +1323,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, world, tmp_path, cap
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "missing"])
 def test_a_damaged_checkpoint_is_named(trained, tmp_path, capsys, damage):
-    from safetensors.torch import save_file
     path = tmp_path / "pocket-ttt_mlp/9s/model.safetensors"
     if damage != "missing":
         path.parent.mkdir(parents=True)
@@ -2424,12 +2424,11 @@ class Emulated:
         return rearrange(x, "M (B H) b F -> B H (M b) F", B=self.videos)[:, :, :self.L]
 
     def shards(self, *pairs):
-        """The sum over the cluster: every shard adds its own products, then the shards are added in their order."""
-        total = 0
-        for rank in range(self.tp):
-            own = [(x.chunk(self.tp, dim=-1)[rank], w.chunk(self.tp, dim=-2)[rank]) for x, w in pairs]
-            total = total + sum(x @ w for x, w in own)
-        return total
+        """The sum over the cluster: every shard adds its own products, then shards are added in pairs, then pairs of pairs."""
+        parts = [sum(x.chunk(self.tp, dim=-1)[rank] @ w.chunk(self.tp, dim=-2)[rank] for x, w in pairs) for rank in range(self.tp)]
+        while len(parts) > 1:
+            parts = [one + two for one, two in zip(parts[::2], parts[1::2])]
+        return parts[0]
 
     def normalise(self, Z):
         Z = Z - Z.mean(-1, keepdim=True)
@@ -2447,7 +2446,7 @@ class Emulated:
         D2 = -self.eta[t] * r * (p - p.mean(-1, keepdim=True) - xh * (p * xh).mean(-1, keepdim=True))
         D1 = (R(D2) @ R(W2).mT) * slope
         new = W1 + k.mT @ R(D1), b1 + D1.sum(-2, keepdim=True), W2 + X2.mT @ R(D2), b2 + D2.sum(-2, keepdim=True)
-        return new, (X2, R(D1), R(D2), Z2)
+        return new, (X2, R(D1), R(D2), xh, r)
 
     def read(self, W, t):
         R, (W1, b1, W2, b2) = self.R, W
@@ -2481,15 +2480,15 @@ class Emulated:
                 biases[t] = W[1], W[3]
                 W, saved[t] = self.learn(W, t)
             for t in reversed(steps):
-                X2, D1, D2, Z2 = saved[t]
+                X2, D1, D2, xh, r = saved[t]
                 k, q, eta = self.k[t], self.q[t], self.eta[t]
                 W1, b1, W2, b2 = W
                 # 1-4: the output branch, at the updated W
                 Xb, slope, _ = gelu_and_slopes(q @ R(W1) + b1)
                 Xb, slope = R(Xb), R(slope)
-                xh, r = self.normalise(self.shards((Xb, R(W2))) + b2)
-                dgamma, dbeta, p = dgamma + over(D[t] * xh), dbeta + over(D[t]), D[t] * gamma
-                U2 = r * (p - mean(p) - xh * mean(p * xh))
+                xhb, rb = self.normalise(self.shards((Xb, R(W2))) + b2)
+                dgamma, dbeta, p = dgamma + over(D[t] * xhb), dbeta + over(D[t]), D[t] * gamma
+                U2 = rb * (p - mean(p) - xhb * mean(p * xhb))
                 U1 = (R(U2) @ R(W2).mT) * slope
                 d1, c1 = d1 + q.mT @ R(U1), c1 + over(U1)
                 d2, c2 = d2 + Xb.mT @ R(U2), c2 + over(U2)
@@ -2504,7 +2503,6 @@ class Emulated:
                 N, Z1 = R(A1 * slope), R(A1 * bend)
                 # 7: the second order of the LayerNorm
                 dG = -(self.shards((X2, R(d2)), (N, R(W2))) + c2)
-                xh, r = self.normalise(Z2)
                 e = gamma * xh + self.beta - (self.v[t] - k)
                 p = gamma * e
                 s = mean(p * xh)
@@ -2711,9 +2709,6 @@ def test_a_kernel_that_cannot_be_built_says_what_is_missing(tmp_path, monkeypatc
     ttt_scan("mlp", weights, *inputs, 8)
 
 
-SPILLS = {"ttt_forward_kernel<1>": 240, "ttt_backward_kernel<2>": 2300, "ttt_backward_kernel<4>": 240}      # bytes of spill loads, at most
-
-
 @pytest.fixture(scope="module")
 def kernel_build(tmp_path_factory):
     if not shutil.which("nvcc") or not os.environ.get("THUNDERKITTENS_ROOT"):
@@ -2723,13 +2718,13 @@ def kernel_build(tmp_path_factory):
         return ttt_minute.build_kernel()
 
 
-def test_the_kernel_builds_and_spills_no_more_than_it_says(kernel_build):
+def test_the_kernel_builds_and_spills_nothing(kernel_build):
     """static_asserts hold the shared memory and the registers to their budget; the compiler's own log holds what it made of them."""
     log = kernel_build.with_suffix(".log").read_text()
-    kernels = re.findall(r"Function properties for _Z\d+(\w+_kernel)ILi(\d)E.*?\n\s+\d+ bytes stack frame, \d+ bytes spill stores, (\d+) bytes spill loads", log)
+    kernels = re.findall(r"Function properties for _Z\d+(\w+_kernel)ILi(\d)E.*?\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores", log)
     assert len(kernels) == 5
-    for name, tp, spilled in kernels:
-        assert int(spilled) <= SPILLS.get(f"{name}<{tp}>", 0), (name, tp)
+    for name, tp, stack, spilled in kernels:
+        assert (stack, spilled) == ("0", "0"), (name, tp)
     assert not re.findall("C75(?:07|08|09|10|12)", log)       # registers not handed over; products one after the other
     import ctypes
     library = ctypes.CDLL(str(kernel_build))                  # no libcuda is linked: it loads without a driver
@@ -2747,12 +2742,8 @@ OWN = {"x2", "g1", "W", "dW", "a", "b", "c", "stored"}                # tiles of
 
 
 def c_expression(text, env):
-    """The value of a small C++ expression; `x++` counts on."""
-    post = re.findall(r"(\w+)\+\+", text)
-    value = eval(re.sub(r"(\w+)\+\+", r"\1", text).replace("P::", "").replace("g.every", "every").replace("/", "//"), {"min": min}, env)
-    for name in post:
-        env[name] += 1
-    return value
+    """The value of a small C++ expression."""
+    return eval(re.sub(r"P::|g\.(?=every|groups|M\b)", "", text).replace("/", "//"), {"min": min, "fresh": int}, env)
 
 
 def kernel_roles(source, name):
@@ -2786,13 +2777,12 @@ def run_role(lines, env, role, learners, slots, ops):
     while i < len(lines):
         line, end = lines[i], block_end(lines, i)
         code, _, tag = line.partition("//@")
-        loop = re.match(r"\s*for \(int (\w+) = (.*?); \w+ (<|>=) (.*?); .*?(, n\+\+)?\)", code)
+        loop = re.match(r"\s*for \(int (\w+) = (.*?); \w+ (<|>=) (.*?); \w+(?:\+\+|--| -= (.*?))\)", code)
         if loop and re.search(r"wait_|signal_|barrier\(|expect_bytes|//@", "\n".join(lines[i:end])):
-            name, first, up, last, also = loop.groups()
+            name, first, up, last, step = loop.groups()
             first, last = c_expression(first, env), c_expression(last, env)
-            for env[name] in range(first, last) if up == "<" else range(first, last - 1, -1):
+            for env[name] in range(first, last) if up == "<" else range(first, last - 1, -c_expression(step or "1", env)):
                 run_role(lines[i + 1:end - 1], env, role, learners, slots, ops)
-                env["n"] = env.get("n", 0) + bool(also)
             i = end
             continue
         if declared := re.match(r"\s*(?:const )?int ((?:\w+ = [^;]*?)+);", code):
@@ -2801,8 +2791,6 @@ def run_role(lines, env, role, learners, slots, ops):
                     env[name] = c_expression(value, env)
                 except (NameError, SyntaxError):
                     pass                                      # ranks and columns: no wait depends on them
-        if count := re.match(r"\s*(\w)\+\+;", code):
-            env[count[1]] += 1
         skipped = "role == P::JUDGE" in code and role != 0
         for what, ring, item in re.findall(r"(wait_full|wait_empty|signal_full|signal_empty)\(s\.(\w+), (.*?)\);", code):
             item = c_expression(item, env)
@@ -2929,12 +2917,28 @@ def exchange_programs(source, tp, M):
                     ops.append(("expect", ("sum", "full", rank), tp - 1))
                 elif " send(" in line:
                     ops += [("load", ("sum", "full", peer), ((("from", peer, rank), n),)) for peer in peers]
-                elif "= x.from[" in line:
+                elif "return x.from[" in line:
                     ops.append(("use", tuple((("from", rank, peer), n) for peer in peers), ()))
                 elif "arrive(ring.empty" in line:
                     ops += [("signal", ("sum", "empty", peer), 0) for peer in peers]
         programs[f"rank {rank}"] = ops
     return programs, {("sum", kind, rank): count for rank in range(tp) for kind, count in (("full", 1), ("empty", 4 * (tp - 1)))}
+
+
+def test_a_threads_numbers_lie_where_tensor_cores_look_for_them():
+    """Rows of 128 bytes whose chunks of 16 change places by the row, byte ^ (byte % 1024 / 128 * 16): all threads together fill a tile."""
+    source, found = KERNEL.read_text(), {}
+    first = re.search(r"uint32_t first = shared\(dynamic\) \+ (.*?);", source)[1]
+    place = re.search(r"place\(const tile &t, At p\) \{ return (.*?); \}", source)[1]
+    for quarter, lane, i in itertools.product(range(4), range(32), range(16)):
+        names = {"quarter": lambda: quarter, "lane": lambda: lane, "first": 0, "i": i}
+        names["first"] = eval(first.replace("/", "//"), names)
+        at = eval(place.replace("p.", "").replace("(shared(t.data) - shared(dynamic))", "0").replace("/", "//"), names)
+        row, column = 16 * quarter + 8 * (i % 2) + lane // 4, 16 * (i // 4) + 8 * (i // 2 % 2) + 2 * (lane % 4)
+        byte = 128 * row + 2 * column
+        assert at == byte ^ (byte % 1024 // 128 * 16)
+        found[at] = row, column
+    assert sorted(found) == list(range(0, 8192, 4))
 
 
 MODELS = [("ttt_forward_kernel", 1), ("ttt_forward_kernel", 2), ("ttt_forward_kernel", 4), ("ttt_backward_kernel", 2), ("ttt_backward_kernel", 4)]
@@ -2966,8 +2970,9 @@ def without(source, name, line):
 IMPLIED = "a learner waits for the same and a team barrier follows; it stays, so that who reads what TMA wrote has seen it arrive"
 HARMLESS = {                                                  # what may go without harm between warpgroups, and why it stands there
     "learners: Learner<P>::barrier();": "orders the warps inside each learner before the first and after the last mini-batch",
-    "producer: wait_empty(s.back, n);": "k and v are given back together with it",
-    "judge: wait_full(s.kv, i);": IMPLIED, "judge: wait_full(s.asked, n);": IMPLIED, "judge: wait_full(s.back, n);": IMPLIED,
+    "producer: wait_empty(s.back, g.M - 1 - t);": "k and v are given back together with it",
+    **dict.fromkeys(("judge: wait_full(s.kv, t - start);", "judge: wait_full(s.kv, start + t + 1);", "judge: wait_full(s.asked, g.M - 1 - t);",
+                     "judge: wait_full(s.back, g.M - 1 - t);"), IMPLIED),
 }
 
 

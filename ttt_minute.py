@@ -32,7 +32,7 @@ Map
      3  One sequence out of many segments 8  Gate, both directions, block, model, CogVideoX weights
      4  The inner loop (the heart), K     9  Diffusion
      5  The TTT layer                    10  Training in stages, the command line; before it P
-    Skip on first reading: K, kernels; P, many devices and what it costs
+    Skip on first reading: K, kernels; P, many devices, what it all costs, and saved states
 """
 
 import argparse
@@ -1366,8 +1366,8 @@ def _(q, k, v, eta, gamma, beta, W1, b1, W2, b2, eps, every, tp):
 
 
 def scratch_bytes(tp):
-    """What the backward pass sets aside for a shard and a mini-batch of one group: X2, G1 and G2 in bf16, Z2 and the biases in fp32."""
-    return -(-(16384 * 4 // tp + 8192 + 16384 + 256 * (4 // tp + 1)) // 128) * 128
+    """What the backward pass sets aside for a shard and a mini-batch of one group: X2, G1 and G2 in bf16, xh, r and the biases in fp32."""
+    return -(-(16384 * 4 // tp + 8192 + 16384 + 1024 + 256 * (4 // tp + 1)) // 128) * 128
 
 
 @torch.library.custom_op("ttt_minute::mlp_scan_backward", mutates_args=(), device_types="cuda")
@@ -2647,6 +2647,11 @@ def load_checkpoint(path):
     return model
 
 
+# ----------------------------------------------------------------------------------------------------
+# P, continued. Skip on first reading: states, from which an interrupted run goes on bit for bit
+# ----------------------------------------------------------------------------------------------------
+
+
 def state_tensors(model, optimizers):
     """Everything that changes in training, name -> tensor: weights, moments, AdamW's count of steps."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -2767,6 +2772,10 @@ def load_state(folder, model, optimizers, manifest, devices):
     return saved["step"]
 
 
+# ----------------------------------------------------------------------------------------------------
+# 10, continued. Batches, the loop, the command line
+# ----------------------------------------------------------------------------------------------------
+
 GOLDEN = (5 ** 0.5 - 1) / 2
 
 
@@ -2775,8 +2784,8 @@ def draw(runs, stage, config, name, step, group=0, groups=1):
     stage, step and place in the batch decide everything, so a resumed run needs no random state: it draws what the undisturbed run
     would have drawn, and any number of processes draws the same.
 
-    DIFF: t is uniform in 0 .. 999 as in the paper (or in a stage's part of it), but the t of successive samples are a golden section apart, so that
-    small batches see all noise levels equally often and the loss is less noisy (after Kingma et al., 2107.00630).
+    DIFF: t is uniform in 0 .. 999 as in the paper (or in a stage's part of it), but the t of successive samples are a golden section
+    apart, so that small batches see all noise levels equally often and the loss is less noisy (after Kingma et al., 2107.00630).
     """
     seed = config.seed * 1_000_003 + list(STAGES).index(name) * 100_003
     offset = torch.rand((), generator=torch.Generator().manual_seed(seed))
