@@ -487,7 +487,7 @@ def compare(args, names, evaluate_layer):
     strips = [captioned(layer, np.concatenate(frames[SEGMENT // 2::SEGMENT], axis=1)) for layer, frames in videos.items()]
     with atomic(folder / "comparison.png") as temporary:
         imageio.imwrite(temporary, np.concatenate(strips))
-    rows = zip(*(frames[::2] for frames in videos.values()))
+    rows = zip(*(frames[::max(2, len(frames) // 72)] for frames in videos.values()))            # long stories run faster
     save_gif([np.concatenate([captioned(*item) for item in zip(videos, row)], axis=1) for row in rows], folder / "comparison.gif")
     with atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
