@@ -3,7 +3,7 @@
     python sample.py                                                        # a minute, by the weights in assets/
     python sample.py --stage 9s                                             # a storyboard that training never saw
     python sample.py --stage 9s --storyboard story.txt --out video.mp4      # your own, in Format 3, JSON or JSONL
-    python sample.py --stage 63s --layer local --seed 7
+    python sample.py --layer local --seed 7                                 # another story, by local attention
     python sample.py --stage 9s --evaluate                                  # the paper's four axes, measured in pixels
     python sample.py --stage 18s --compare --layers local ttt_mlp gated_deltanet
 
@@ -383,7 +383,7 @@ def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, fold
     """Sample and score the held-out storyboards of some seeds: (what was found in every video, memory_in_loss). Writes evaluation.json,
     consistency.png and the first video, evaluation-SEED.mp4, into the folder. What an interrupted run has scored with the same
     checkpoint and settings is kept."""
-    path, made_with = folder / "evaluation.json", {"checkpoint": dataset.short_hash(checkpoint.read_bytes()), **settings}
+    path, made_with = folder / "evaluation.json", {"checkpoint": dataset.short_hash(checkpoint.read_bytes()), "memory": "t, loss, rise, rise by exchange", **settings}
     done = json.loads(path.read_text()) if path.exists() else {}
     if done.get("made_with") != made_with:
         done = {"made_with": made_with, "memory": memory_in_loss(model, codec, text_encoder, segments), "videos": {}}
@@ -408,28 +408,33 @@ def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, fold
 
 @torch.no_grad()
 def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(800, 880, 920)):
-    """What a network gains from earlier scenes, without sampling: on held-out stories that end where they were before, how much the loss
-    of the last segment rises when its place looked otherwise before (the hidden attributes of another episode). Returns
-    [(t, loss, rise)]."""
+    """What a network gains from earlier scenes, without sampling. On held-out stories that end where they were before: how much the loss of
+    the last segment rises when its place had the hidden attributes of another episode before, and when it had exchanged them with
+    another place of the story, which only a memory of whose they were can notice. Returns [(t, loss, rise, rise by exchange)]."""
     device = next((parameter.device for parameter in model.parameters()), "cpu")
     losses = {t: [] for t in levels}
     for episode in stories_that_return(segments, videos):
+        place = episode.scenes[-1].room
+        neighbour = next(scene.room for scene in reversed(episode.scenes) if scene.room != place)
         other = dataset.episode(episode.seed + segments * videos, segments)
         stranger = dataclasses.replace(episode, colours=other.colours, rooms=other.rooms)
-        own, changed = (codec.encode(dataset.render(story, codec.height, codec.width)) for story in (episode, stranger))
-        seen_before = torch.zeros(len(own), 1, 1, 1, dtype=torch.bool)
+        exchanged = dataclasses.replace(episode, rooms=episode.rooms | {place: episode.rooms[neighbour], neighbour: episode.rooms[place]})
+        own, strange, mixed = (codec.encode(dataset.render(story, codec.height, codec.width)) for story in (episode, stranger, exchanged))
+        before = torch.arange(len(own))[:, None, None, None] < 12 * (segments - 1)              # but the frame shared with the last segment
+        here = torch.zeros_like(before)
         for scene in episode.scenes[:-1]:
             begin, end = 12 * scene.first + (scene.first > 0), 12 * (scene.first + scene.segments) + 1
-            seen_before[begin:end] |= scene.room == episode.scenes[-1].room
-        stories = torch.stack([own, torch.where(seen_before, changed, own)]).to(device)
-        text = embed(episode.segments, text_encoder)[0].expand(2, -1, -1, -1).to(device)
+            here[begin:end] |= scene.room == place
+        stories = torch.stack([own, torch.where(here, strange, own), torch.where(before, mixed, own)]).to(device)
+        text = embed(episode.segments, text_encoder)[0].expand(3, -1, -1, -1).to(device)
         noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(episode.seed)).to(device)
         for t in levels:
-            x_t, v = add_noise(stories, torch.tensor([t, t], device=device), noise, model.config.snr_shift)
-            error = (model(x_t, text, torch.tensor([t, t], device=device)) - v)[:, 12 * segments - 10:]     # past the shared frame
+            batch_t = torch.full((3,), t, device=device)
+            x_t, v = add_noise(stories, batch_t, noise, model.config.snr_shift)
+            error = (model(x_t, text, batch_t) - v)[:, 12 * segments - 10:]                      # past the shared frame
             losses[t].append(error.square().mean((1, 2, 3, 4)))
-    means = {t: torch.stack(both).mean(0).tolist() for t, both in losses.items()}
-    return [(t, own, changed - own) for t, (own, changed) in means.items()]
+    means = {t: torch.stack(found).mean(0).tolist() for t, found in losses.items()}
+    return [(t, own, strange - own, mixed - own) for t, (own, strange, mixed) in means.items()]
 
 
 def stories_that_return(segments, videos):
@@ -447,7 +452,7 @@ def print_scores(found):
     """{name: (videos, memory)} as a table: mean and standard error over videos of each axis, then how much of what returned came back,
     and what the loss says of memory."""
     spans = [(kind, low, high) for kind in CHANCE for low, high in ((1, 4), (5, 20))]
-    print(f"{'':<22}" + "".join(f"{axis:>22}" for axis in AXES) + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans) + f"{'memory':>24}")
+    print(f"{'':<22}" + "".join(f"{axis:>22}" for axis in AXES) + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans) + f"{'memory':>32}")
     for name, (videos, memory) in found.items():
         row = f"{name:<22}"
         for axis in AXES:
@@ -458,10 +463,11 @@ def print_scores(found):
             same = [same for video in videos for what, distance, same in video["returns"]
                     if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance <= high]
             row += f"{f'{np.mean(same):.3f} ({len(same)})' if same else '-':>24}"
-        t, loss, rise = max(memory, key=lambda level: level[2])
-        print(row + f"{f'{rise:+.4f} of {loss:.3f} ({t})':>24}")
+        t, loss, rise, exchanged = max(memory, key=lambda level: level[2])
+        print(row + f"{f'{rise:+.4f}, {exchanged:+.4f} of {loss:.3f} ({t})':>32}")
     print("chance: " + ", ".join(f"{kind} {chance:.2f}" for kind, chance in CHANCE.items()) + "; in brackets how many returns were seen, after so many segments")
-    print("memory: how much the loss of a last scene rises when its place had a stranger's colours before, at the t in brackets")
+    print("memory: how much the loss of a last scene rises when its place had a stranger's colours before, and when it had exchanged them with "
+          "another place, at the t in brackets")
 
 
 def compare(args, names, evaluate_layer):
@@ -513,6 +519,7 @@ def plot_consistency(videos, path):
                 by_distance.setdefault(distance, []).append(same)
             axes.plot(sorted(by_distance), [np.mean(by_distance[distance]) for distance in sorted(by_distance)], marker="o", label=name)
         axes.axhline(CHANCE["rooms"], color="0.6", linestyle=":", label="chance")
+        axes.locator_params(axis="x", integer=True)
 
 
 def natural(track):

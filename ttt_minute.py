@@ -2977,7 +2977,8 @@ def print_plan(config, stages, todo, start, device, episodes):
           " Paper's numbers in brackets (Table 2).\n")
     print(f"{'stage':<9} {'segments':>8} {'tokens':>8} {'steps x batch':>22} {'lr of new / rest':>36} {'expected':>9}")
     if episodes:
-        print(f"{'world':<9} {f'{episodes} episodes of a minute: render, encode':<76} {minutes(WORLD_SECONDS * episodes)}")
+        world = f"{episodes} episode{'s' * (episodes > 1)} of a minute: render, encode"
+        print(f"{'world':<9} {world:<76} {minutes(WORLD_SECONDS * episodes)}")
     total = WORLD_SECONDS * episodes
     rate = {}
     for name in todo:
