@@ -4,7 +4,7 @@
     python dataset.py --ingest videos --out data         # those, or your own videos, to latents and text embeddings
     python dataset.py --storyboard 7 --segments 3        # a storyboard that training never sees, to edit and to sample
     python dataset.py --ingest videos --out data --vae COGVIDEOX --text_encoder COGVIDEOX      # by CogVideoX's VAE and T5
-    python dataset.py --train_codec                      # makes assets/pocket_codec.safetensors again
+    python dataset.py --train_codec                      # makes assets/pocket_codec.safetensors again; --height 128 for larger pictures
 
 What ingestion reads: `NAME.mp4` (or anything ffmpeg reads) and beside it `NAME.json`, a list of scenes
 
@@ -702,7 +702,12 @@ def render_world(out, episodes, segments=21, seed=0):
 
 # 4. The codec -----------------------------------------------------------------------------------------------
 
-CODEC_FILE = Path(__file__).parent / "assets" / "pocket_codec.safetensors"
+CODEC_SIZE = 64, 96                                        # of the pictures, or parts of pictures, that a codec learned from
+
+
+def codec_file(height):
+    """Weights for pictures of this height: twice as large, walls and furniture have finer edges, and a codec of their own."""
+    return Path(__file__).parent / "assets" / f"pocket_codec{'_128' if height >= 128 else ''}.safetensors"
 
 
 class Residual(nn.Module):
@@ -736,7 +741,16 @@ def as_frames(groups):
     return rearrange(pixels, "k (t c) h w -> (k t) h w c", c=3)
 
 
-class PocketCodec(nn.Module):
+def codec_networks(channels):
+    """The two halves of the pocket world's codec, untrained."""
+    encoder = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(192, 96, 1), Residual(96, 48), down(96, 112),
+                            Residual(112, 48), nn.Conv2d(112, channels, 1))
+    decoder = nn.Sequential(nn.Conv2d(channels, 112, 3, padding=1), Residual(112, 56), up(112, 64),
+                            Residual(64, 48), up(64, 32), Residual(32, 32), up(32, 12))
+    return nn.ModuleDict(dict(encoder=encoder, decoder=decoder))
+
+
+class PocketCodec:
     """Small video autoencoder: 8 x 8 in space, 4 in time with the first frame alone, 16 channels, as CogVideoX's VAE.
 
     Every group of four frames is coded by itself, as a 12-channel picture; the first frame stands for four of itself.
@@ -745,24 +759,16 @@ class PocketCodec(nn.Module):
     """
     channels, down_space, down_time, threads = 16, 8, 4, 2
 
-    def __init__(self, path=CODEC_FILE, height=64, width=96):
-        super().__init__()
-        self.height, self.width = height, width
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(192, 96, 1), Residual(96, 48), down(96, 112),
-                                     Residual(112, 48), nn.Conv2d(112, self.channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(self.channels, 112, 3, padding=1), Residual(112, 56), up(112, 64),
-                                     Residual(64, 48), up(64, 32), Residual(32, 32), up(32, 12))
-        if path is not None:
-            self.load(Path(path))
-
-    def load(self, path):
+    def __init__(self, height=64, width=96, path=None):
+        self.height, self.width, networks = height, width, codec_networks(self.channels)
+        path = Path(path or codec_file(height))
         if not path.exists():
-            raise UserError(f"{path}: the codec's weights are missing, make them with python dataset.py --train_codec")
+            raise UserError(f"{path}: the codec's weights are missing, make them with python dataset.py --train_codec --height {height}")
         with safe_open(path, "pt") as file:
             self.scale = float(file.metadata()["scale"])
-            self.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+            networks.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
         self.id = short_hash(path.read_bytes())
-        self.eval().requires_grad_(False)
+        self.encoder, self.decoder = networks["encoder"], networks["decoder"]
 
     @torch.no_grad()
     def encode(self, frames, batch=16):
@@ -782,14 +788,14 @@ class PocketCodec(nn.Module):
         return torch.cat(parts)[self.down_time - 1:].numpy()
 
 
-def codec_groups(seed, episodes):
-    """Groups of four frames [n, 4, 64, 96, 3] from 6-segment episodes, read from video files as in section 7."""
+def codec_groups(seed, episodes, height, width):
+    """Groups of four frames [n, 4, height, width, 3] from 6-segment episodes, read from video files as in section 7."""
     groups = []
     with tempfile.TemporaryDirectory() as folder:
         render_world(folder, episodes, segments=6, seed=seed)
         for video in sorted(Path(folder).glob("*.mp4")):
             cuts, last = read_cuts(video.with_suffix(".json"))
-            frames = read_frames(video, 64, 96)
+            frames = read_frames(video, height, width)
             groups += [rearrange(segment[1:], "(k t) h w c -> k t h w c", t=PocketCodec.down_time)
                        for segment in cut_segments(frames, cuts, last, video.name)]
     return np.concatenate(groups)
@@ -800,15 +806,16 @@ def psnr(a, b):
     return -10 * float(np.log10(np.mean((np.float32(a) - np.float32(b)) ** 2) / 255 ** 2))
 
 
-def train_codec(out=CODEC_FILE, steps=9000, batch=8, noise=0.12, lr=0.01):
-    """Makes the codec's weights: reconstruction from latents with noise on them, so that decoding forgives a model's errors.
+def train_codec(height=64, steps=9000, batch=8, noise=0.12, lr=0.01):
+    """Makes the weights for pictures of this height: reconstruction from latents with noise on them, so that decoding forgives a
+    model's errors. Of larger pictures than CODEC_SIZE it sees parts.
 
     Matrices by Muon, which needs a third of AdamW's steps here. About 15 minutes on one core.
     """
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    groups, held_out = codec_groups(500_000, 128), codec_groups(TEST_SEEDS, 16)
-    codec = PocketCodec(None)
+    rng, corners, width = np.random.default_rng(0), np.random.default_rng(1), 3 * height // 2
+    groups = codec_groups(500_000, 128 * CODEC_SIZE[0] // height, height, width)
+    codec = codec_networks(PocketCodec.channels)
     kernels = [weight for weight in codec.parameters() if weight.ndim == 4]
     matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]              # the same numbers, as matrices
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.02)
@@ -816,11 +823,12 @@ def train_codec(out=CODEC_FILE, steps=9000, batch=8, noise=0.12, lr=0.01):
     for step in tqdm(range(steps), desc="codec", unit="step"):
         decay = min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = lr * decay, 0.3 * lr * decay
-        x = torch.from_numpy(groups[rng.integers(len(groups), size=batch)])
-        x = as_input(rearrange(x, "b t h w c -> b (t c) h w"))
+        top, left = (corners.integers(length - part + 1) for length, part in zip((height, width), CODEC_SIZE))
+        x = groups[rng.integers(len(groups), size=batch), :, top:top + CODEC_SIZE[0], left:left + CODEC_SIZE[1]]
+        x = as_input(rearrange(torch.from_numpy(x), "b t h w c -> b (t c) h w"))
         with torch.autocast("cpu", torch.bfloat16):
-            z = codec.encoder(x).float()
-            y = codec.decoder(z + noise * torch.randn_like(z)).float()
+            z = codec["encoder"](x).float()
+            y = codec["decoder"](z + noise * torch.randn_like(z)).float()
         loss = 10 * F.mse_loss(y, x) + F.l1_loss(y, x) + 0.1 * (z.square().mean() - 1) ** 2
         codec.zero_grad()
         loss.backward()
@@ -828,17 +836,17 @@ def train_codec(out=CODEC_FILE, steps=9000, batch=8, noise=0.12, lr=0.01):
             matrix.grad = kernel.grad.flatten(1)
         muon.step()
         adam.step()
-    save_codec(codec, held_out, out)
+    save_codec(codec, codec_groups(TEST_SEEDS, 16 * CODEC_SIZE[0] // height, height, width), codec_file(height))
 
 
 def save_codec(codec, held_out, out):
     """Writes float16 weights and the one constant that brings latents to standard deviation 1; prints what they reach."""
     with torch.no_grad():
-        z = codec.encoder(as_input(rearrange(torch.from_numpy(held_out), "b t h w c -> b (t c) h w")))
+        z = torch.cat([codec["encoder"](as_input(part)) for part in rearrange(torch.from_numpy(held_out), "b t h w c -> b (t c) h w").split(64)])
     with atomic(out) as partial:
         weights = {name: weight.half().contiguous() for name, weight in codec.state_dict().items()}
         save_file(weights, partial, {"scale": f"{1 / z.std().item():.4f}"})
-    codec = PocketCodec(out)
+    codec = PocketCodec(*held_out.shape[2:4], path=out)
     frames = rearrange(held_out, "k t h w c -> (k t) h w c")[codec.down_time - 1:]
     latents = codec.encode(frames)
     noisy = latents + 0.1 * torch.randn_like(latents)
@@ -1053,7 +1061,7 @@ def open_encoders(vae=None, text_encoder=None, vae_scale=None, size=(None, None)
         if (length or 16) % 16 or (length or 16) < 16:
             raise UserError(f"--{name} {length}: must be a multiple of 16, since the codec takes 8 x 8 pixels and the DiT 2 x 2 latents")
     height, width = size
-    codec = CogVideoXCodec(vae, height, width, vae_scale, device) if vae else PocketCodec(height=height or 64, width=width or 96)
+    codec = CogVideoXCodec(vae, height, width, vae_scale, device) if vae else PocketCodec(height or 64, width or 96)
     length, dim = text
     return codec, T5Text(text_encoder, length or 226, device) if text_encoder else PocketText(length or 40, dim or 64)
 
@@ -1387,11 +1395,11 @@ def main():
     action.add_argument("--render", type=int, metavar="N", help="write N episodes of the pocket world into --out")
     action.add_argument("--ingest", metavar="VIDEOS", help="take a folder of NAME.mp4 and NAME.json to latents in --out")
     action.add_argument("--storyboard", type=int, metavar="SEED", help="print a storyboard that training never sees")
-    action.add_argument("--train_codec", action="store_true", help="make assets/pocket_codec.safetensors again")
+    action.add_argument("--train_codec", action="store_true", help="make the codec in assets/ again; with --height 128 the one for larger pictures")
     parser.add_argument("--out", metavar="DIR", help="the folder to write to")
     add_encoder_flags(parser)
-    parser.add_argument("--height", type=int, help="of ingested frames (default: 64, or the VAE's own)")
-    parser.add_argument("--width", type=int, help="of ingested frames (default: 96, or the VAE's own)")
+    parser.add_argument("--height", type=int, help="of frames (default: 64, or the VAE's own)")
+    parser.add_argument("--width", type=int, help="of frames (default: 96, or the VAE's own)")
     parser.add_argument("--text_len", type=int, metavar="N", help="tokens of a segment's text (default: 40, with T5 226)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for VAE and T5 (default: cuda where there is one)")
     parser.add_argument("--segments", type=int, default=21, help="3-second segments of an episode, 1 to 21 (default 21)")
@@ -1401,6 +1409,8 @@ def main():
         parser.error(f"--segments {args.segments}: an episode has 1 to 21 segments")
     if min(args.seed, args.storyboard or 0) < 0 or (args.render is not None and args.render < 1):
         parser.error("seeds count from 0 and --render from 1")
+    if args.train_codec and args.height not in (None, 64, 128):
+        parser.error(f"--height {args.height}: there is a codec for pictures 64 high and one for 128")
     if (args.render or args.ingest) and not args.out:
         parser.error("--out DIR is missing, the folder to write to")
     if args.render:
@@ -1409,7 +1419,7 @@ def main():
         size, text = (args.height, args.width), (args.text_len, None)
         ingest(args.ingest, args.out, *open_encoders(args.vae, args.text_encoder, args.vae_scale, size, text, args.device))
     elif args.train_codec:
-        train_codec()
+        train_codec(args.height or 64)
     else:
         print(storyboard_text(episode(TEST_SEEDS + args.storyboard, args.segments)), end="")
 

@@ -97,10 +97,10 @@ def generate(model, text, negative=None, seed=0, **settings):
 # ----------------------------------------------------------------------------------------------------
 
 
-def enlarge(frames, factor):
+def resize(frames, factor):
     """uint8 frames [n, h, w, 3] -> [n, factor h, factor w, 3], smoothly."""
     from PIL import Image
-    size = frames.shape[2] * factor, frames.shape[1] * factor
+    size = round(frames.shape[2] * factor), round(frames.shape[1] * factor)
     return np.stack([Image.fromarray(frame).resize(size, Image.LANCZOS) for frame in frames])
 
 
@@ -124,7 +124,7 @@ def contact_sheet(frames, board, columns=6):
         first = SEGMENT * own[0] + 1                          # frame 48 i is still the segment before's
         for x, frame in enumerate(np.linspace(first, SEGMENT * (own[-1] + 1), columns).round().astype(int)):
             corner = margin + x * (width + margin), y * row + caption + margin
-            sheet.paste(Image.fromarray(enlarge(frames[frame:frame + 1], factor)[0]), corner)
+            sheet.paste(Image.fromarray(resize(frames[frame:frame + 1], factor)[0]), corner)
             pen.text((corner[0], corner[1] + height), f"{frame / FPS:.1f} s", fill="gray")
     return sheet
 
@@ -134,8 +134,8 @@ def save_video(frames, board, path):
     path = Path(path)
     factor = max(1, round(384 / frames.shape[2]))
     with atomic(path) as temporary:
-        dataset.write_video(temporary, enlarge(frames, factor))
-    save_gif(enlarge(frames[::2], max(1, factor // 2)), path.with_suffix(".gif"))
+        dataset.write_video(temporary, resize(frames, factor))
+    save_gif(resize(frames[::2], max(1, factor // 2)), path.with_suffix(".gif"))
     with atomic(path.with_suffix(".png")) as temporary:
         contact_sheet(frames, board).save(temporary)
 
@@ -347,11 +347,12 @@ def paste_track(picture, tracks, who, t):
 
 
 def evaluate(frames, episode):
-    """The four axes of a video of a held-out episode, uint8 [48 S + 1, 64, 96, 3], and its returns.
+    """The four axes of a video of a held-out episode, uint8 [48 S + 1, h, w, 3], read at 64 x 96, and its returns.
 
     Returns ({axis: score in 0 ... 1}, [(who or which room, segments since its first appearance, fraction of hidden attributes
     that came back)]).
     """
+    frames = resize(frames, 64 / frames.shape[1])
     seen = [read_segment(frames[SEGMENT * i + 1:SEGMENT * (i + 1) + 1]) for i in range(len(episode.segments))]
     text, motion, returns, first = [], [], [], {}
     for scene in episode.scenes:
@@ -584,8 +585,8 @@ def main():
         raise UserError("--evaluate, --compare and --export need one process; start them without torchrun")
     if args.evaluate or args.compare:
         segments = STAGES[args.stage].segments
-        if segments < 3 or args.preset != "pocket" or args.videos < 1:
-            raise UserError("pocket stages of 9s and longer can be scored, where rooms return, on at least one video")
+        if segments < 3 or args.preset == "5b" or args.videos < 1:
+            raise UserError("stages of 9s and longer of the presets pocket and small can be scored, where rooms return, on at least one video")
 
         def evaluate_layer(layer):
             model, path = load_stage(args, dataclasses.replace(config, layer=layer))

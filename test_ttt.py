@@ -118,7 +118,7 @@ def test_gelu_and_its_derivatives_are_those_of_autograd():
     y = F.gelu(x, approximate="tanh")
     first, = torch.autograd.grad(y.sum(), x, create_graph=True)
     second, = torch.autograd.grad(first.sum(), x)
-    for mine, theirs in zip(gelu_derivatives(x, order=2), (y, first, second)):
+    for mine, theirs in zip(gelu_derivatives(x.detach().clone(), order=2), (y, first, second)):
         assert torch.allclose(mine, theirs, atol=1e-12)
 
 
@@ -1836,14 +1836,15 @@ def test_an_episode_has_the_length_asked_for_and_its_rooms_return(segments):
     assert dataset.render(dataset.episode(0, 1), 64, 96).shape == (49, 64, 96, 3)
 
 
-def test_the_codec_is_sharp_on_episodes_it_has_not_seen():
-    codec, errors = dataset.PocketCodec(), []
+@pytest.mark.parametrize("height, decibels", [(64, 32), (128, 29)])
+def test_the_codec_is_sharp_on_episodes_it_has_not_seen(height, decibels):
+    codec, errors = dataset.PocketCodec(height, 3 * height // 2), []
     for seed in range(dataset.TEST_SEEDS, dataset.TEST_SEEDS + 3):
         frames = dataset.render(dataset.episode(seed, 2), codec.height, codec.width)
         latents = codec.encode(frames)
-        assert latents.shape == (25, codec.channels, 8, 12) and 0.7 < latents.std() < 1.3
+        assert latents.shape == (25, codec.channels, height // 8, 3 * height // 16) and 0.7 < latents.std() < 1.3
         errors.append(np.square(codec.decode(latents).astype(float) - frames).mean())
-    assert 10 * math.log10(255 ** 2 / np.mean(errors)) >= 32
+    assert 10 * math.log10(255 ** 2 / np.mean(errors)) >= decibels
 
 
 def test_a_latent_depends_on_its_own_frames_so_segments_can_be_cut_anywhere():
@@ -1988,6 +1989,13 @@ def test_the_truth_scores_full_marks_and_through_the_codec_nearly(truth):
     for episode, video, scores in truth:
         assert min(scores.values()) >= 0.95
         assert min(sample.evaluate(codec.decode(codec.encode(video)), episode)[0].values()) >= 0.9
+
+
+def test_larger_videos_are_scored_alike():
+    codec, episode = dataset.PocketCodec(128, 192), dataset.episode(dataset.TEST_SEEDS + 3, 6)
+    video = dataset.render(episode, 128, 192)
+    for frames, least in (video, 0.95), (codec.decode(codec.encode(video)), 0.9):
+        assert min(sample.evaluate(frames, episode)[0].values()) >= least
 
 
 def test_segments_of_other_episodes_lose_consistency_and_nothing_else():
@@ -2278,7 +2286,7 @@ def compiled(kernel, chip, kind, width, mini_batch, precision):
             signature[name], aligned[i,] = tokens if name in "q k v out dout dq dk dv".split() else "*fp32", [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(function, signature, values, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", chip, 32)
-    result = triton.compile(source, target=target, options=ttt_minute.launch_options(width, E, (chip // 10, chip % 10)))
+    result = triton.compile(source, target=target, options=ttt_minute.launch_options(width, E, (chip // 10, chip % 10), precision))
     assembler = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(chip).path
     ptxas = subprocess.run([assembler, "-v", f"--gpu-name=sm_{chip}{'a' if chip == 90 else ''}", "-o", "/dev/null", "-"],
                            input=result.asm["ptx"], capture_output=True, text=True, check=True).stderr
@@ -2287,7 +2295,7 @@ def compiled(kernel, chip, kind, width, mini_batch, precision):
 
 
 SHARED_KB = {80: 163, 89: 99, 90: 227}                           # KB a program may have
-SPILLED = {("scan_kernel", "linear"): 0, ("scan_kernel", "mlp"): 700, ("scan_backward_kernel", "linear"): 2000, ("scan_backward_kernel", "mlp"): 5000}
+SPILLED = {("scan_kernel", "linear"): 0, ("scan_kernel", "mlp"): 700, ("scan_backward_kernel", "linear"): 2000, ("scan_backward_kernel", "mlp"): 5500}
 
 
 def check_compiled(kernel, chip, kind, width, mini_batch, precision):
@@ -2410,7 +2418,7 @@ def bf16(x):
 
 
 def gelu_and_slopes(x):
-    return [y.clone() for y in gelu_derivatives(x, order=2)]
+    return gelu_derivatives(x, order=2)
 
 
 class Emulated:

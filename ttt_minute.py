@@ -29,10 +29,10 @@ Glossary: code (paper)
 Map
      1  Config, presets and stages        6  Attention inside a segment
      2  Parts                             7  The other memories: a window, linear recurrences
-     3  One sequence out of many segments 8  Gate, both directions, block, model, CogVideoX weights
+     3  One sequence out of many segments 8  Gate, both directions, block, model
      4  The inner loop (the heart), K     9  Diffusion
-     5  The TTT layer                    10  Training in stages, the command line; before it P
-    Skip on first reading: K, kernels; P, many devices, what it all costs, and saved states
+     5  The TTT layer                    10  Training in stages; before it P, F, after it C
+    Skip on first reading: K, kernels; P, many devices and what it all costs; F, files; C, the command line
 """
 
 import argparse
@@ -447,20 +447,20 @@ def over_tokens(x):                                                             
 
 
 def gelu_derivatives(x, order):
-    """gelu_tanh(x) = x s, s = sigmoid(2c x (1 + d x^2)) with c = sqrt(2 / pi), and its first `order` derivatives.
+    """gelu_tanh(x) = x s, s = sigmoid(z), z = c x (1 + d x^2), c = sqrt(8 / pi), and its first `order` derivatives. Overwrites x.
 
-    With p = 2c (1/3 + d x^2) and u = x p they are s + 3 u s' and (9 p (u (1 - 2s) + 4/3) - 4c) s', where s' = s (1 - s).
+    With r = z' = c (1 + 3 d x^2) and v = x r, so that z = (v + 2c x) / 3, they are s (1 + v (1 - s)) and
+    (r (v (1 - 2s) + 4) - 2c) s (1 - s).
     """
-    c2, d = 2 * math.sqrt(2 / math.pi), 0.044715
-    p = (x * x).mul_(c2 * d).add_(c2 / 3)
-    u = x * p
-    s = torch.add(u, x, alpha=2 * c2 / 3).sigmoid_()
-    bell = torch.addcmul(s, s, s, value=-1)                                           # s'
-    first = torch.addcmul(s, bell, u, value=3)
-    if order == 1:
-        return x * s, first
-    second = torch.addcmul(u, u, s, value=-2).add_(4 / 3).mul_(p).mul_(9).sub_(2 * c2).mul_(bell)
-    return x * s, first, second
+    c, d = math.sqrt(8 / math.pi), 0.044715
+    r = (x * x).mul_(3 * c * d).add_(c)
+    v = x * r if order == 2 else r.mul_(x)
+    s = torch.add(v, x, alpha=2 * c).mul_(1 / 3).sigmoid_()
+    if order == 2:
+        second = r.mul_(torch.addcmul(v, v, s, value=-2).add_(4)).sub_(2 * c).mul_(s)
+        second.addcmul_(second, s, value=-1)
+    first = v.addcmul_(v, s, value=-1).add_(1).mul_(s)
+    return (x.mul_(s), first, second) if order == 2 else (x.mul_(s), first)
 
 
 def step_dual(W, q, k, v, eta, gamma, beta, eps):
@@ -480,8 +480,9 @@ def step_dual(W, q, k, v, eta, gamma, beta, eps):
         W = W1 - k.mT @ (eta * G), b1 - (eta * G).sum(-2, keepdim=True)
     else:
         W1, b1, W2, b2 = W
-        X2, slope = gelu_derivatives(k @ W1 + b1, order=1)                             # [n, b, E]
-        G2, G1 = G, (G @ W2.mT) * slope
+        Z1 = k @ W1 + b1                                                              # [n, b, E]
+        X2 = F.gelu(Z1, approximate="tanh")
+        G2, G1 = G, torch.ops.aten.gelu_backward(G @ W2.mT, Z1, approximate="tanh")
         Zb1 = q @ W1 + b1 - ((q @ k.mT + 1) * eta_row) @ G1
         Xb2 = F.gelu(Zb1, approximate="tanh")
         Zb = Xb2 @ W2 + b2 - ((Xb2 @ X2.mT + 1) * eta_row) @ G2
@@ -602,8 +603,8 @@ def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
         dk = G1 @ dW[0].mT                                                            # minus this falls on k
         dG = torch.baddbmm(dW[3], X2, dW[2], alpha=-1, beta=-1)
         dX2 = G @ dW[2].mT                                                            # minus this falls on X2
-        dgX2 = dG1 * slope                                                            # through G1 = gX2 * slope, gX2 = G W2^T
-        dZ1 = dG1.mul_(gX2).mul_(bend)
+        dZ1 = bend.mul_(gX2).mul_(dG1)                                                # through G1 = gX2 * slope, gX2 = G W2^T
+        dgX2 = dG1.mul_(slope)
         dG.baddbmm_(dgX2, W[2])
         dW[2].baddbmm_(dgX2.mT, G)
     else:
@@ -623,7 +624,7 @@ def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
     if len(W) == 4:
         dW[2].baddbmm_(X2.mT, dZ)
         dW[3] += over_tokens(dZ)
-        dZ = torch.baddbmm(dX2, dZ, W[2].mT, beta=-1).mul_(slope).add_(dZ1)
+        dZ = dX2.baddbmm_(dZ, W[2].mT, beta=-1).mul_(slope).add_(dZ1)
     dW[0].baddbmm_(k.mT, dZ)
     dW[1] += over_tokens(dZ)
     return torch.baddbmm(dk + dv, dZ, W[0].mT, beta=-1), dv, deta
@@ -683,7 +684,7 @@ def scan_in_torch(kind, weights, expected, q, k, v, eta, ln_gamma, ln_beta, mini
     gamma, beta = (x.to(dtype).expand(B, H, width).flatten(0, 1)[:, None] for x in (ln_gamma, ln_beta))
 
     def mini_batches(x):                                      # [B, H, L, .] -> [M, n, b, .]; padded tokens get eta = 0
-        x = F.pad(x.to(dtype), (0, 0, 0, -L % mini_batch))
+        x = F.pad(x.to(dtype), (0, 0, 0, -L % mini_batch)) if L % mini_batch else x.to(dtype)
         return rearrange(x, "B H (M b) F -> M (B H) b F", b=mini_batch).contiguous()
 
     tokens = [mini_batches(x) for x in (q, k, v, eta[..., None])]
@@ -756,12 +757,11 @@ def tile_dot(x, y, PRECISION: tl.constexpr):
 @jit
 def tile_gelu(x):
     """gelu_derivatives: the function, its first and its second derivative."""
-    c2, d = 1.5957691216057308, 0.044715                      # 2c = 2 sqrt(2 / pi)
-    p = x * x * (c2 * d) + c2 / 3
-    u = x * p
-    s = tl.sigmoid(u + x * (2 * c2 / 3))
-    bell = s * (1 - s)
-    return x * s, s + 3 * u * bell, (9 * p * (u * (1 - 2 * s) + 4 / 3) - 2 * c2) * bell
+    c, d = 1.5957691216057308, 0.044715                       # sqrt(8 / pi)
+    r = x * x * (3 * c * d) + c
+    v = x * r
+    s = tl.sigmoid((v + 2 * c * x) / 3)
+    return x * s, s * (1 + v * (1 - s)), (r * (v * (1 - 2 * s) + 4) - 2 * c) * s * (1 - s)
 
 
 @jit
@@ -1039,10 +1039,11 @@ def scan_backward_kernel(dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta
     tl.store(dbeta + program * F + tl.arange(0, F)[None, :], sum_beta)
 
 
-def launch_options(F, E, chip):
-    """Four warps own 16 of 64 tokens each; only Hopper's wgmma knows what to do with eight. One stage, or Triton might fetch a tile of the state
-    before the step that changes it has stored it."""
-    return dict(num_warps=8 if chip[0] == 9 and (F, E) == (64, 256) else 4, num_stages=1)
+def launch_options(F, E, chip, precision):
+    """Four warps own 16 of 64 tokens each. Eight where a tile's operands are of four bytes and would spill, and for TTT-MLP on Hopper, whose wgmma
+    knows what to do with them. One stage, or Triton might fetch a tile of the state before the step that changes it has stored it."""
+    many = F == 64 and (precision in ("tf32", "fp32") or chip[0] == 9 and E == 256)
+    return dict(num_warps=8 if many else 4, num_stages=1)
 
 
 def chip_of(x):
@@ -1059,7 +1060,7 @@ def scan_op(state: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     with torch.cuda.device_of(q):
         scan_kernel[(B * H,)](last, q, k, v, eta, gamma, beta, out, kept, H, L, eps, every,
                               q.stride(), k.stride(), v.stride(), eta.stride(), out.stride(),
-                              F=F, E=E, b=b, KEEP=keep, PRECISION=precision, **launch_options(F, E, chip_of(q)))
+                              F=F, E=E, b=b, KEEP=keep, PRECISION=precision, **launch_options(F, E, chip_of(q), precision))
     return out, last, kept
 
 
@@ -1081,7 +1082,7 @@ def scan_backward_op(dout: torch.Tensor, dlast: torch.Tensor, kept: torch.Tensor
     with torch.cuda.device_of(q):
         scan_backward_kernel[(B * H,)](dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta, dgamma, dbeta, dstate, scratch, H, L, eps, every,
                                        dout.stride(), q.stride(), k.stride(), v.stride(), eta.stride(), dq.stride(), dk.stride(), dv.stride(), deta.stride(),
-                                       F=F, E=E, b=b, PRECISION=precision, **launch_options(F, E, chip_of(q)))
+                                       F=F, E=E, b=b, PRECISION=precision, **launch_options(F, E, chip_of(q), precision))
     return gradients
 
 
@@ -1609,10 +1610,10 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
                                           unitriangular=True).split([v.shape[-1], k.shape[-1]], dim=-1)
     scores, q, k = (q @ k.mT) * decay, q * grown, k * (G[..., -1:] - G).exp()[..., None]
     S, out = torch.zeros(*k.shape[1:3], k.shape[-1], v.shape[-1], dtype=dtype, device=q.device), []
-    for t in range(len(q)):
-        u = U[t] - UK[t] @ S
-        out.append(q[t] @ S + scores[t] @ u)
-        S = grown[t, :, :, -1:] * S + k[t].mT @ u
+    for U_t, UK_t, q_t, k_t, scores_t, grown_t in zip(U, UK, q, k, scores, grown[:, :, :, -1:]):
+        u = U_t - UK_t @ S
+        out.append(q_t @ S + scores_t @ u)
+        S = grown_t * S + k_t.mT @ u
     return rearrange(torch.stack(out), "m B H C V -> B H (m C) V")[:, :, :L], S
 
 
@@ -1629,16 +1630,16 @@ def ssd(x, dt, A, Bm, Cm, chunk=64):
     within = ((Cm @ Bm.mT) * decay) @ x                                               # what a chunk tells itself
     grown, x = G.exp()[..., None], x * (G[..., -1:] - G).exp()[..., None]
     S, out = torch.zeros(*x.shape[1:4], x.shape[-1], Bm.shape[-1], dtype=dtype, device=x.device), []
-    for t in range(len(x)):
-        out.append(within[t] + grown[t] * (Cm[t] @ S.mT))
-        S = grown[t, ..., -1:, :] * S + x[t].mT @ Bm[t]
+    for x_t, B_t, C_t, within_t, grown_t in zip(x, Bm, Cm, within, grown):
+        out.append(within_t + grown_t * (C_t @ S.mT))
+        S = grown_t[..., -1:, :] * S + x_t.mT @ B_t
     return rearrange(torch.stack(out), "m B G h C P -> B (G h) (m C) P")[:, :, :L], S.flatten(1, 2)
 
 
 def short_convolution(x, weight, bias=None):
     """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], weight [H F, 1, 4] -> [B, H, L, F]."""
     y = F.conv1d(rearrange(x, "B H L F -> B (H F) L"), weight, bias, padding=3, groups=len(weight))
-    return F.silu(rearrange(y[..., :x.shape[2]], "B (H F) L -> B H L F", H=x.shape[1]))
+    return rearrange(F.silu(y[..., :x.shape[2]]), "B (H F) L -> B H L F", H=x.shape[1])
 
 
 def rms_norm(x, weight, eps=1e-5):
@@ -1817,69 +1818,6 @@ def layer_of(config, name):
 def trains(name, stage):
     """Table 2: everything, or the new parameters and local attention."""
     return stage.everything or is_new(name) or ".attention." in name
-
-
-# The names that diffusers gives to this network (CogVideoXTransformer3DModel): fields of its config.json, what they must be
-# where we have no choice, and parts of the names of tensors.
-COGVIDEOX_FILE = "diffusion_pytorch_model"
-COGVIDEOX_CONFIG = {"channels": "in_channels", "height": "sample_height", "width": "sample_width", "text_len": "max_text_seq_length",
-                    "text_dim": "text_embed_dim", "depth": "num_layers", "heads": "num_attention_heads", "head_width": "attention_head_dim",
-                    "time_dim": "time_embed_dim", "patch": "patch_size", "norm_eps": "norm_eps"}
-COGVIDEOX_FIXED = {"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": None, "use_rotary_positional_embeddings": True,
-                   "use_learned_positional_embeddings": False, "ofs_embed_dim": None, "flip_sin_to_cos": True, "freq_shift": 0,
-                   "attention_bias": True, "norm_elementwise_affine": True, "activation_fn": "gelu-approximate",
-                   "timestep_activation_fn": "silu", "temporal_compression_ratio": 4}
-COGVIDEOX_NAMES = {"blocks.": "transformer_blocks.", "norm_1": "norm1", "norm_2": "norm2", "attention.qkv.0": "attn1.to_q",
-                   "attention.qkv.1": "attn1.to_k", "attention.qkv.2": "attn1.to_v", "attention.out": "attn1.to_out.0",
-                   "attention.": "attn1.", "mlp.up": "ff.net.0.proj", "mlp.down": "ff.net.2", "patch_in": "patch_embed.proj",
-                   "text_in": "patch_embed.text_proj", "time.": "time_embedding.", "norm_out.": "norm_out.norm.",
-                   "modulate_out": "norm_out.linear", "patch_out": "proj_out"}
-
-
-def cogvideox_folder(folder):
-    return Path(folder) / "transformer" if (Path(folder) / "transformer").is_dir() else Path(folder)
-
-
-def cogvideox_name(name):
-    """Our name of a tensor -> diffusers'."""
-    for ours, theirs in COGVIDEOX_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def cogvideox_config(folder, layer, overrides):
-    """The Config of a diffusers folder, the pipeline's or its transformer/; UserError if its network is not the one of this file."""
-    path = cogvideox_folder(folder) / "config.json"
-    saved = dataset.read_json(dataset.read_text(path), path)
-    missing = [theirs for theirs in COGVIDEOX_CONFIG.values() if theirs not in saved]
-    if missing:
-        raise UserError(f"{path}: {missing[0]} is missing; this is not the folder of CogVideoX's transformer")
-    for field, value in COGVIDEOX_FIXED.items():
-        if saved.get(field, value) != value:
-            raise UserError(f"{path}: {field} is {saved[field]}, this network needs {value}")
-    fields = {ours: saved[theirs] for ours, theirs in COGVIDEOX_CONFIG.items()}
-    return Config(**{"preset": "5b", **PRESETS["5b"], **fields, "layer": layer, **overrides})
-
-
-def cogvideox_files(folder):
-    """Where each tensor of a diffusers folder lies, name -> path; UserError for pickles and missing or damaged files."""
-    index = folder / f"{COGVIDEOX_FILE}.safetensors.index.json"
-    shards = [f"{COGVIDEOX_FILE}.safetensors"]
-    if index.exists():
-        shards = sorted(set(dataset.read_json(dataset.read_text(index), index)["weight_map"].values()))
-    files = {}
-    for path in (folder / shard for shard in shards):
-        pickles = sorted(folder.glob("*.bin"))
-        if pickles and not path.exists():
-            raise UserError(f"{pickles[0]} is a pickle, which may run code when it is opened; convert it to safetensors")
-        try:
-            with safe_open(path, "pt") as file:
-                files |= {name: path for name in file.keys()}
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; download it") from None
-        except SafetensorError as error:
-            raise UserError(f"{path} is truncated or corrupt ({error}); download it again") from None
-    return files
 
 
 class DiT(nn.Module):
@@ -2511,57 +2449,72 @@ def print_cost(config, stages, names):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 10. Training in stages (section 3.3, Table 2)
+# F. Skip on first reading: files
+#
+# CogVideoX's folders as diffusers writes them, checkpoints to sample from, and states, from which an interrupted run goes on bit for bit.
 # ----------------------------------------------------------------------------------------------------
 
-
-def decays(name, parameter):
-    """Weight decay is for matrices, TTT's W1 and W2 among them; not for biases, norms and gates."""
-    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] in ("weight", "W1", "W2")
-
-
-def make_optimizers(model, stage, config):
-    """AdamW over what the stage trains, in up to four groups: new or not, decayed or not. In pretrain Muon takes the matrices."""
-    groups, matrices = {}, []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(name, stage))
-        if stage.lr_muon and name.startswith("blocks.") and parameter.ndim == 2:
-            matrices.append(parameter)
-        elif parameter.requires_grad:
-            key = is_new(name), decays(name, parameter)
-            groups.setdefault(key, []).append(parameter)
-    groups = [dict(params=params, peak=stage.lr_new if new else stage.lr_rest, schedule=stage.schedule_new if new else stage.schedule_rest,
-                   new=new, weight_decay=config.weight_decay * decay) for (new, decay), params in groups.items()]
-    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))]
-    if matrices:
-        group = dict(params=matrices, peak=stage.lr_muon, schedule=stage.schedule_rest, new=False)
-        optimizers.append(torch.optim.Muon([group], lr=0.0, weight_decay=config.weight_decay))
-    return optimizers
+# The names that diffusers gives to this network (CogVideoXTransformer3DModel): fields of its config.json, what they must be
+# where we have no choice, and parts of the names of tensors.
+COGVIDEOX_FILE = "diffusion_pytorch_model"
+COGVIDEOX_CONFIG = {"channels": "in_channels", "height": "sample_height", "width": "sample_width", "text_len": "max_text_seq_length",
+                    "text_dim": "text_embed_dim", "depth": "num_layers", "heads": "num_attention_heads", "head_width": "attention_head_dim",
+                    "time_dim": "time_embed_dim", "patch": "patch_size", "norm_eps": "norm_eps"}
+COGVIDEOX_FIXED = {"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": None, "use_rotary_positional_embeddings": True,
+                   "use_learned_positional_embeddings": False, "ofs_embed_dim": None, "flip_sin_to_cos": True, "freq_shift": 0,
+                   "attention_bias": True, "norm_elementwise_affine": True, "activation_fn": "gelu-approximate",
+                   "timestep_activation_fn": "silu", "temporal_compression_ratio": 4}
+COGVIDEOX_NAMES = {"blocks.": "transformer_blocks.", "norm_1": "norm1", "norm_2": "norm2", "attention.qkv.0": "attn1.to_q",
+                   "attention.qkv.1": "attn1.to_k", "attention.qkv.2": "attn1.to_v", "attention.out": "attn1.to_out.0",
+                   "attention.": "attn1.", "mlp.up": "ff.net.0.proj", "mlp.down": "ff.net.2", "patch_in": "patch_embed.proj",
+                   "text_in": "patch_embed.text_proj", "time.": "time_embedding.", "norm_out.": "norm_out.norm.",
+                   "modulate_out": "norm_out.linear", "patch_out": "proj_out"}
 
 
-@torch.no_grad()
-def unit_attention(model):
-    """The same function with attention outputs near 1. Muon's steps have no scale: attention grew to hundreds while adaLN's
-    gate shrank, and beside hundreds a TTT layer behind its gate would be nothing."""
-    for block in model.blocks:
-        v, out, norm = block.attention.qkv[2], block.attention.out, block.norm_1.linear
-        scale = (out.weight @ v.weight).norm() / model.config.dim ** 0.5
-        for parameter, factor in (v.weight, scale.sqrt()), (v.bias, scale.sqrt()), (out.weight, scale.sqrt()), (out.bias, scale):
-            parameter /= factor
-        for parameter in norm.parameters():
-            gates = rearrange(parameter, "(two three D) ... -> two three D ...", two=2, three=3)[:, 2]
-            gates *= scale
+def cogvideox_folder(folder):
+    return Path(folder) / "transformer" if (Path(folder) / "transformer").is_dir() else Path(folder)
 
 
-def lr_at(step, steps, peak, schedule, config):
-    """Learning rate of a step 0 .. steps-1: linear warmup, then constant or a cosine that ends at LR_END."""
-    warmup = max(1, round(config.warmup * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    progress = (step - warmup) / max(1, steps - warmup)
-    return LR_END + (peak - LR_END) * (1 + math.cos(math.pi * progress)) / 2
+def cogvideox_name(name):
+    """Our name of a tensor -> diffusers'."""
+    for ours, theirs in COGVIDEOX_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def cogvideox_config(folder, layer, overrides):
+    """The Config of a diffusers folder, the pipeline's or its transformer/; UserError if its network is not the one of this file."""
+    path = cogvideox_folder(folder) / "config.json"
+    saved = dataset.read_json(dataset.read_text(path), path)
+    missing = [theirs for theirs in COGVIDEOX_CONFIG.values() if theirs not in saved]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing; this is not the folder of CogVideoX's transformer")
+    for field, value in COGVIDEOX_FIXED.items():
+        if saved.get(field, value) != value:
+            raise UserError(f"{path}: {field} is {saved[field]}, this network needs {value}")
+    fields = {ours: saved[theirs] for ours, theirs in COGVIDEOX_CONFIG.items()}
+    return Config(**{"preset": "5b", **PRESETS["5b"], **fields, "layer": layer, **overrides})
+
+
+def cogvideox_files(folder):
+    """Where each tensor of a diffusers folder lies, name -> path; UserError for pickles and missing or damaged files."""
+    index = folder / f"{COGVIDEOX_FILE}.safetensors.index.json"
+    shards = [f"{COGVIDEOX_FILE}.safetensors"]
+    if index.exists():
+        shards = sorted(set(dataset.read_json(dataset.read_text(index), index)["weight_map"].values()))
+    files = {}
+    for path in (folder / shard for shard in shards):
+        pickles = sorted(folder.glob("*.bin"))
+        if pickles and not path.exists():
+            raise UserError(f"{pickles[0]} is a pickle, which may run code when it is opened; convert it to safetensors")
+        try:
+            with safe_open(path, "pt") as file:
+                files |= {name: path for name in file.keys()}
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; download it") from None
+        except SafetensorError as error:
+            raise UserError(f"{path} is truncated or corrupt ({error}); download it again") from None
+    return files
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -2645,11 +2598,6 @@ def load_checkpoint(path):
     model.load_state_dict(tensors)
     model.encoders = manifest["encoders"]
     return model
-
-
-# ----------------------------------------------------------------------------------------------------
-# P, continued. Skip on first reading: states, from which an interrupted run goes on bit for bit
-# ----------------------------------------------------------------------------------------------------
 
 
 def state_tensors(model, optimizers):
@@ -2773,8 +2721,58 @@ def load_state(folder, model, optimizers, manifest, devices):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 10, continued. Batches, the loop, the command line
+# 10. Training in stages (section 3.3, Table 2)
 # ----------------------------------------------------------------------------------------------------
+
+
+def decays(name, parameter):
+    """Weight decay is for matrices, TTT's W1 and W2 among them; not for biases, norms and gates."""
+    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] in ("weight", "W1", "W2")
+
+
+def make_optimizers(model, stage, config):
+    """AdamW over what the stage trains, in up to four groups: new or not, decayed or not. In pretrain Muon takes the matrices."""
+    groups, matrices = {}, []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name, stage))
+        if stage.lr_muon and name.startswith("blocks.") and parameter.ndim == 2:
+            matrices.append(parameter)
+        elif parameter.requires_grad:
+            key = is_new(name), decays(name, parameter)
+            groups.setdefault(key, []).append(parameter)
+    groups = [dict(params=params, peak=stage.lr_new if new else stage.lr_rest, schedule=stage.schedule_new if new else stage.schedule_rest,
+                   new=new, weight_decay=config.weight_decay * decay) for (new, decay), params in groups.items()]
+    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))]
+    if matrices:
+        group = dict(params=matrices, peak=stage.lr_muon, schedule=stage.schedule_rest, new=False)
+        optimizers.append(torch.optim.Muon([group], lr=0.0, weight_decay=config.weight_decay))
+    return optimizers
+
+
+@torch.no_grad()
+def unit_attention(model):
+    """The same function with attention outputs near 1. Muon's steps have no scale: attention grew to hundreds while adaLN's
+    gate shrank, and beside hundreds a TTT layer behind its gate would be nothing."""
+    for block in model.blocks:
+        v, out, norm = block.attention.qkv[2], block.attention.out, block.norm_1.linear
+        scale = (out.weight @ v.weight).norm() / model.config.dim ** 0.5
+        for parameter, factor in (v.weight, scale.sqrt()), (v.bias, scale.sqrt()), (out.weight, scale.sqrt()), (out.bias, scale):
+            parameter /= factor
+        for parameter in norm.parameters():
+            gates = rearrange(parameter, "(two three D) ... -> two three D ...", two=2, three=3)[:, 2]
+            gates *= scale
+
+
+def lr_at(step, steps, peak, schedule, config):
+    """Learning rate of a step 0 .. steps-1: linear warmup, then constant or a cosine that ends at LR_END."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return LR_END + (peak - LR_END) * (1 + math.cos(math.pi * progress)) / 2
+
 
 GOLDEN = (5 ** 0.5 - 1) / 2
 
@@ -2907,7 +2905,11 @@ def memory_gb(device):
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-# The command line: every Config field is a flag, and a few flags say what to run.
+# ----------------------------------------------------------------------------------------------------
+# C. Skip on first reading: the command line
+#
+# Every Config field is a flag, and a few flags say what to run.
+# ----------------------------------------------------------------------------------------------------
 
 
 def add_device_flags(parser):
