@@ -520,7 +520,7 @@ def inner_gradient(W, k, shift, eta, gamma, eps, order=1):
     G = eta * gZ
     if len(W) == 2:
         return InnerGradient(xh, statistics, error, p, gZ, G)
-    gX2 = G @ W[2].mT
+    gX2 = torch.bmm(G, W[2].mT)
     return InnerGradient(xh, statistics, error, p, gZ, G, X2, gX2, gX2 * slopes[0], slopes)
 
 
@@ -587,7 +587,7 @@ def backward_of_read(dout, W, q, gamma, eps, dW, dgamma):
     if len(W) == 4:
         dW[2].baddbmm_(X2.mT, dZ)
         dW[3] += over_tokens(dZ)
-        dZ = (dZ @ W[2].mT).mul_(slope)
+        dZ = torch.bmm(dZ, W[2].mT).mul_(slope)
     dW[0].baddbmm_(q.mT, dZ)
     dW[1] += over_tokens(dZ)
     return torch.baddbmm(dout, dZ, W[0].mT)
@@ -600,25 +600,25 @@ def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
     if len(W) == 4:
         slope, bend = slopes
         dG1 = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
-        dk = G1 @ dW[0].mT                                                            # minus this falls on k
+        dk = torch.bmm(G1, dW[0].mT)                                                  # minus this falls on k
         dG = torch.baddbmm(dW[3], X2, dW[2], alpha=-1, beta=-1)
-        dX2 = G @ dW[2].mT                                                            # minus this falls on X2
+        dX2 = torch.bmm(G, dW[2].mT)                                                  # minus this falls on X2
         dZ1 = bend.mul_(gX2).mul_(dG1)                                                # through G1 = gX2 * slope, gX2 = G W2^T
         dgX2 = dG1.mul_(slope)
         dG.baddbmm_(dgX2, W[2])
         dW[2].baddbmm_(dgX2.mT, G)
     else:
         dG = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
-        dk = G @ dW[0].mT
+        dk = torch.bmm(G, dW[0].mT)
     # Through G = eta gZ with gZ = J[p], p = gamma * error. In J = r (p - mean(p) - xh mean(p xh)) xh and r depend on Z as well: the
     # second line of dZ.
     deta = (dG * gZ).sum(-1, keepdim=True)
     U = eta * dG
     w = J(U, statistics)                                                              # the gradient on p
-    dv = -gamma * w
+    dp = gamma * w                                                                    # on error, and minus that on v
     dgamma.addcmul_(w, torch.addcmul(error, gamma, xh))
-    along_p, along_U, along_gZ = ((x * y).mean(-1, keepdim=True) for x, y in ((p, xh), (U, xh), (U, gZ)))
-    dZ = J(-gamma * dv, statistics)
+    along_p, along_U, along_gZ = (p * xh).mean(-1, keepdim=True), (U * xh).mean(-1, keepdim=True), eta * deta / xh.shape[-1]
+    dZ = J(gamma * dp, statistics)
     dZ -= statistics[2] * (w * along_p).addcmul_(gZ, along_U).addcmul_(xh, along_gZ)
     # Through the first forward pass, Z = f(k; W).
     if len(W) == 4:
@@ -627,7 +627,7 @@ def backward_of_step(W, gradient, k, eta, gamma, dW, dgamma):
         dZ = dX2.baddbmm_(dZ, W[2].mT, beta=-1).mul_(slope).add_(dZ1)
     dW[0].baddbmm_(k.mT, dZ)
     dW[1] += over_tokens(dZ)
-    return torch.baddbmm(dk + dv, dZ, W[0].mT, beta=-1), dv, deta
+    return torch.baddbmm(dp - dk, dZ, W[0].mT), -dp, deta
 
 
 def ttt_scan(kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch=64, *, eps=1e-8, checkpoint=16, backend="auto"):
