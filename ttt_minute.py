@@ -1866,62 +1866,12 @@ class DiT(nn.Module):
     @classmethod
     def from_cogvideox(cls, folder, layer="ttt_mlp", **overrides):
         """CogVideoX's weights from a folder that diffusers wrote: the pipeline's, or its transformer/. Global layers and gates
-        start fresh. `overrides` are fields of Config. Raises UserError if the folder does not hold this network.
-
-        Tensors are read one by one, to fp32, so that no more memory is needed than the network takes.
-        """
-        folder = cogvideox_folder(folder)
-        config = cogvideox_config(folder, layer, overrides)
-        with torch.device("meta"):
-            model = cls(config)
-        ours = {cogvideox_name(name): name for name, _ in model.named_parameters() if not is_new(name)}
-        files = cogvideox_files(folder)
-        for names, what in (ours.keys() - files.keys(), "is missing"), (files.keys() - ours.keys(), "is not part of this network"):
-            if names:
-                raise UserError(f"{folder}: tensor {min(names)} {what} ({len(names)} such in all)")
-        for theirs, path in files.items():
-            with safe_open(path, "pt") as file:
-                tensor = file.get_tensor(theirs)
-            wanted = model.get_parameter(ours[theirs]).shape
-            if ours[theirs] == "patch_in.weight":             # a convolution there
-                tensor = tensor.flatten(1)
-            if tensor.shape != wanted:
-                raise UserError(f"{path}: tensor {theirs} has shape {list(tensor.shape)}, not {list(wanted)}")
-            module, _, name = ours[theirs].rpartition(".")
-            setattr(model.get_submodule(module), name, nn.Parameter(tensor.float()))
-        for block in model.blocks if LAYERS[layer] else ():
-            block.global_layer = BothDirections(config)
-        model.stored_dtype = tensor.dtype
-        return model
+        start fresh. `overrides` are fields of Config. Raises UserError if the folder does not hold this network."""
+        return read_cogvideox(folder, layer, overrides)
 
     def save_cogvideox(self, folder, shard_bytes=5_000_000_000):
         """The base network as diffusers writes and reads it, in the precision it was read in: config.json and safetensors."""
-        shards, size = [{}], 0
-        for name, tensor in self.state_dict().items():
-            if is_new(name):
-                continue
-            tensor = tensor.to("cpu", self.stored_dtype)
-            if name == "patch_in.weight":
-                tensor = rearrange(tensor, "D (C p q) -> D C p q", p=self.config.patch, q=self.config.patch)
-            if size + tensor.nbytes > shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][cogvideox_name(name)] = tensor.contiguous()
-            size += tensor.nbytes
-        folder, count = Path(folder), len(shards)
-        names = [f"{COGVIDEOX_FILE}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        names = names if count > 1 else [f"{COGVIDEOX_FILE}.safetensors"]
-        fields = {theirs: getattr(self.config, ours) for ours, theirs in COGVIDEOX_CONFIG.items()}
-        texts = {"config.json": COGVIDEOX_FIXED | fields | {"out_channels": self.config.channels}}
-        if count > 1:
-            weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-            texts[f"{COGVIDEOX_FILE}.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
-        for name, shard in zip(names, shards):
-            with atomic(folder / name) as temporary:
-                save_file(shard, temporary, metadata={"format": "pt"})
-        for name, content in texts.items():
-            with atomic(folder / name) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_cogvideox(self, folder, shard_bytes)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2515,6 +2465,63 @@ def cogvideox_files(folder):
         except SafetensorError as error:
             raise UserError(f"{path} is truncated or corrupt ({error}); download it again") from None
     return files
+
+
+def read_cogvideox(folder, layer, overrides):
+    """DiT.from_cogvideox. Tensors are read one by one, to fp32, so that no more memory is needed than the network takes."""
+    folder = cogvideox_folder(folder)
+    config = cogvideox_config(folder, layer, overrides)
+    with torch.device("meta"):
+        model = DiT(config)
+    ours = {cogvideox_name(name): name for name, _ in model.named_parameters() if not is_new(name)}
+    files = cogvideox_files(folder)
+    for names, what in (ours.keys() - files.keys(), "is missing"), (files.keys() - ours.keys(), "is not part of this network"):
+        if names:
+            raise UserError(f"{folder}: tensor {min(names)} {what} ({len(names)} such in all)")
+    for theirs, path in files.items():
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(theirs)
+        wanted = model.get_parameter(ours[theirs]).shape
+        if ours[theirs] == "patch_in.weight":             # a convolution there
+            tensor = tensor.flatten(1)
+        if tensor.shape != wanted:
+            raise UserError(f"{path}: tensor {theirs} has shape {list(tensor.shape)}, not {list(wanted)}")
+        module, _, name = ours[theirs].rpartition(".")
+        setattr(model.get_submodule(module), name, nn.Parameter(tensor.float()))
+    for block in model.blocks if LAYERS[layer] else ():
+        block.global_layer = BothDirections(config)
+    model.stored_dtype = tensor.dtype
+    return model
+
+
+def write_cogvideox(model, folder, shard_bytes):
+    """DiT.save_cogvideox."""
+    shards, size = [{}], 0
+    for name, tensor in model.state_dict().items():
+        if is_new(name):
+            continue
+        tensor = tensor.to("cpu", model.stored_dtype)
+        if name == "patch_in.weight":
+            tensor = rearrange(tensor, "D (C p q) -> D C p q", p=model.config.patch, q=model.config.patch)
+        if size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][cogvideox_name(name)] = tensor.contiguous()
+        size += tensor.nbytes
+    folder, count = Path(folder), len(shards)
+    names = [f"{COGVIDEOX_FILE}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [f"{COGVIDEOX_FILE}.safetensors"]
+    fields = {theirs: getattr(model.config, ours) for ours, theirs in COGVIDEOX_CONFIG.items()}
+    texts = {"config.json": COGVIDEOX_FIXED | fields | {"out_channels": model.config.channels}}
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        texts[f"{COGVIDEOX_FILE}.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
+    for name, shard in zip(names, shards):
+        with atomic(folder / name) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
+    for name, content in texts.items():
+        with atomic(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 ASSETS = Path(__file__).parent / "assets"
