@@ -1041,9 +1041,10 @@ def scan_backward_kernel(dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta
 
 def launch_options(F, E, chip, precision):
     """Four warps own 16 of 64 tokens each. Eight where a tile's operands are of four bytes and would spill, and for TTT-MLP on Hopper, whose wgmma
-    knows what to do with them. One stage, or Triton might fetch a tile of the state before the step that changes it has stored it."""
+    knows what to do with them. One stage, or Triton might fetch a tile of the state before the step that changes it has stored it. ptxas sometimes
+    settles for 128 registers and spills the rest, unless it is told that it may have all."""
     many = F == 64 and (precision in ("tf32", "fp32") or chip[0] == 9 and E == 256)
-    return dict(num_warps=8 if many else 4, num_stages=1)
+    return dict(num_warps=8 if many else 4, num_stages=1, maxnreg=255)
 
 
 def chip_of(x):
