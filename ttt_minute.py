@@ -459,8 +459,8 @@ def gelu_derivatives(x, order):
     if order == 2:
         second = r.mul_(torch.addcmul(v, v, s, value=-2).add_(4)).sub_(2 * c).mul_(s)
         second.addcmul_(second, s, value=-1)
-    first = v.addcmul_(v, s, value=-1).add_(1).mul_(s)
-    return (x.mul_(s), first, second) if order == 2 else (x.mul_(s), first)
+    first, y = v.addcmul_(v, s, value=-1).add_(1).mul_(s), x.mul_(s)
+    return (y, first, second) if order == 2 else (y, first)
 
 
 def step_dual(W, q, k, v, eta, gamma, beta, eps):
