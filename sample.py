@@ -472,7 +472,7 @@ def print_scores(found):
 
 
 def compare(args, names, evaluate_layer):
-    """Train what is missing, score every layer on the same storyboards, and show them together: a table, comparison.json,
+    """Train what is missing or was interrupted, score every layer on the same storyboards, and show them together: a table, comparison.json,
     comparison.png with a row a layer, comparison.gif with the same story by every layer, consistency.png. A layer that fails is named;
     the others go on."""
     import imageio
@@ -481,7 +481,8 @@ def compare(args, names, evaluate_layer):
         config = Config(layer=layer)
         try:
             if not find_checkpoint(args.out_dir, config, args.stage):
-                train = [sys.executable, Path(__file__).with_name("ttt_minute.py"), "--stage", args.stage, "--layer", layer, "--out_dir", args.out_dir]
+                train = [sys.executable, Path(__file__).with_name("ttt_minute.py"), "--stage", args.stage, "--layer", layer, "--out_dir", args.out_dir,
+                         "--resume"]
                 subprocess.run([*map(str, train), *(["--device", args.device] if args.device else [])], check=True)
             found[layer] = evaluate_layer(layer)
             path = run_folder(args.out_dir, config, args.stage) / f"evaluation-{args.seed}.mp4"
