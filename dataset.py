@@ -763,8 +763,8 @@ class PocketCodec:
         self.height, self.width, networks = height, width, codec_networks(self.channels)
         path = Path(path or codec_file(height))
         if not path.exists():
-            raise UserError(f"{path}: the codec's weights are missing, make them with python dataset.py --train_codec --height "
-                            f"{128 if height >= 128 else 64}")
+            raise UserError(f"{path}: the codec's weights are missing, make them with python dataset.py --train_codec, "
+                            "for pictures of 128 lines and more with --height 128")
         with safe_open(path, "pt") as file:
             self.scale = float(file.metadata()["scale"])
             networks.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})

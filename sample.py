@@ -471,18 +471,18 @@ def print_scores(found):
           "another place, at the t in brackets")
 
 
-def compare(args, names, evaluate_layer):
+def compare(args, config, names, evaluate_layer):
     """Train what is missing or was interrupted, score every layer on the same storyboards, and show them together: a table, comparison.json,
     comparison.png with a row a layer, comparison.gif with the same story by every layer, consistency.png. A layer that fails is named;
     the others go on."""
     import imageio
     found, videos = {}, {}
     for layer in names:
-        config = Config(layer=layer)
+        config = dataclasses.replace(config, layer=layer)
         try:
             if not find_checkpoint(args.out_dir, config, args.stage):
-                train = [sys.executable, Path(__file__).with_name("ttt_minute.py"), "--stage", args.stage, "--layer", layer, "--out_dir", args.out_dir,
-                         "--resume"]
+                train = [sys.executable, Path(__file__).with_name("ttt_minute.py"), "--preset", args.preset, "--stage", args.stage, "--layer", layer,
+                         "--out_dir", args.out_dir, "--resume"]
                 subprocess.run([*map(str, train), *(["--device", args.device] if args.device else [])], check=True)
             found[layer] = evaluate_layer(layer)
             path = run_folder(args.out_dir, config, args.stage) / f"evaluation-{args.seed}.mp4"
@@ -597,7 +597,7 @@ def main():
             return evaluate_stage(model.to(device), path, codec, text_encoder, segments, seeds, folder, **settings)
 
         if args.compare:
-            return compare(args, args.layers or list(LAYERS), evaluate_layer)
+            return compare(args, config, args.layers or list(LAYERS), evaluate_layer)
         return print_scores({args.layer: evaluate_layer(args.layer)})
     out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":

@@ -2122,6 +2122,9 @@ def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_
     assert list(json.loads((trained / "comparison-9s/comparison.json").read_text())) == ["ttt_mlp"]
     assert (trained / "comparison-9s/comparison.png").exists() and Image.open(trained / "comparison-9s/comparison.gif").size == (192, 144)
     assert run(sample, "--stage", "9s", "--out_dir", trained / "nowhere", "--compare", "--layers", "swa") == 2
+    assert "--preset pocket" in capfd.readouterr().err.replace("', '", " ")
+    assert run(sample, "--preset", "small", "--stage", "9s", "--out_dir", trained, "--compare", "--layers", "ttt_mlp") == 2     # pocket's will not do
+    assert "--preset small" in capfd.readouterr().err.replace("', '", " ")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2417,10 +2420,6 @@ def bf16(x):
     return x.to(torch.bfloat16).to(x.dtype)
 
 
-def gelu_and_slopes(x):
-    return gelu_derivatives(x, order=2)
-
-
 class Emulated:
     """ttt_kernel.cu in torch: state, statistics and sums in fp32, operands of products in bf16, E cut over `tp` shards.
 
@@ -2456,7 +2455,7 @@ class Emulated:
     def learn(self, W, t):
         """Steps 1 to 5 at mini-batch t: the new W, and the tiles that a backward pass saves (D1 = -G1, D2 = -G2)."""
         R, (W1, b1, W2, b2), k = self.R, W, self.k[t]
-        X2, slope, _ = gelu_and_slopes(k @ R(W1) + b1)
+        X2, slope, _ = gelu_derivatives(k @ R(W1) + b1, order=2)
         X2, slope = R(X2), R(slope)
         Z2 = self.shards((X2, R(W2))) + b2
         xh, r = self.normalise(Z2)
@@ -2502,7 +2501,7 @@ class Emulated:
                 k, q, eta = self.k[t], self.q[t], self.eta[t]
                 W1, b1, W2, b2 = W
                 # 1-4: the output branch, at the updated W
-                Xb, slope, _ = gelu_and_slopes(q @ R(W1) + b1)
+                Xb, slope, _ = gelu_derivatives(q @ R(W1) + b1, order=2)
                 Xb, slope = R(Xb), R(slope)
                 xhb, rb = self.normalise(self.shards((Xb, R(W2))) + b2)
                 dgamma, dbeta, p = dgamma + over(D[t] * xhb), dbeta + over(D[t]), D[t] * gamma
@@ -2515,7 +2514,7 @@ class Emulated:
                 W1, W2, (b1, b2) = W1 - k.mT @ D1, W2 - X2.mT @ D2, biases[t]
                 W = W1, b1, W2, b2
                 # 6: through the update and the inner gradient
-                _, slope, bend = gelu_and_slopes(k @ R(W1) + b1)
+                _, slope, bend = gelu_derivatives(k @ R(W1) + b1, order=2)
                 slope, bend = R(slope), R((D2 @ R(W2).mT) * R(bend))
                 A1 = k @ R(d1) + c1
                 N, Z1 = R(A1 * slope), R(A1 * bend)
