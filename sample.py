@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import dataset
 from dataset import FPS, SEGMENT, Parser, UserError, atomic, run_main
-from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_device_flags, add_noise, alphas_cumprod, build, check_devices,
-                        find_checkpoint, join, load_checkpoint, pick_device, run_folder, save_model, together, whole_video)
+from ttt_minute import (ASSETS, LAYERS, PRESETS, STAGES, Config, add_device_flags, add_noise, alphas_cumprod, build, check_devices,
+                        find_checkpoint, join, load_checkpoint, pick_device, read_checkpoint, run_folder, save_model, together, whole_video)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Diffusion backwards (appendix A)
@@ -381,9 +381,9 @@ CHANCE = {"rooms": (1 / len(dataset.WALL_COLOURS) + 1 / len(dataset.FURNITURE) +
 
 
 def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, folder, **settings):
-    """Sample and score the held-out storyboards of some seeds: (what was found in every video, memory_in_loss). Writes evaluation.json,
-    consistency.png and the first video, evaluation-SEED.mp4, into the folder. What an interrupted run has scored with the same
-    checkpoint and settings is kept."""
+    """Sample and score the held-out storyboards of some seeds: {"videos": what was found in each, "memory": memory_in_loss} and how the stage
+    was trained. Writes evaluation.json, consistency.png and the first video, evaluation-SEED.mp4, into the folder. What an
+    interrupted run has scored with the same checkpoint and settings is kept."""
     path, made_with = folder / "evaluation.json", {"checkpoint": dataset.short_hash(checkpoint.read_bytes()), "memory": "t, loss, rise, rise by exchange", **settings}
     done = json.loads(path.read_text()) if path.exists() else {}
     if done.get("made_with") != made_with:
@@ -404,7 +404,16 @@ def evaluate_stage(model, checkpoint, codec, text_encoder, segments, seeds, fold
                 temporary.write_text(json.dumps(done) + "\n")
     videos = [done["videos"][str(seed)] for seed in seeds]
     plot_consistency({folder.parent.name: videos}, folder / "consistency.png")
-    return videos, done["memory"]
+    return dict(videos=videos, memory=done["memory"], **how_trained(checkpoint))
+
+
+def how_trained(checkpoint):
+    """How many steps and minutes a checkpoint's stage took, and the mean of its last 40 losses; None where no log lies beside it."""
+    log = checkpoint.with_name("log.jsonl")
+    if not log.exists():
+        return dict(steps=None, minutes=None, loss=None)
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    return dict(steps=len(steps), minutes=sum(step["ms"] for step in steps) / 60_000, loss=float(np.mean([step["loss"] for step in steps[-40:]])))
 
 
 @torch.no_grad()
@@ -450,48 +459,62 @@ def stories_that_return(segments, videos):
 
 
 def print_scores(found):
-    """{name: (videos, memory)} as a table: mean and standard error over videos of each axis, then how much of what returned came back,
-    and what the loss says of memory."""
+    """{name: scored stages, one for every seed of training} as a table: how it was trained, mean and standard error of each axis (over
+    seeds, or over the videos of a single one), how much of what returned came back, and what the loss says of memory."""
     spans = [(kind, low, high) for kind in CHANCE for low, high in ((1, 4), (5, 20))]
-    print(f"{'':<22}" + "".join(f"{axis:>22}" for axis in AXES) + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans) + f"{'memory':>32}")
-    for name, (videos, memory) in found.items():
-        row = f"{name:<22}"
+    print(f"{'':<16}{'steps':>7}{'minutes':>9}{'last 40 losses':>16}" + "".join(f"{axis:>22}" for axis in AXES)
+          + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans) + f"{'memory':>32}")
+    for name, runs in found.items():
+        row = f"{name:<16}"
+        for key, width, digits in ("steps", 7, 0), ("minutes", 9, 1), ("loss", 16, 3):
+            numbers = [run[key] for run in runs]
+            row += f"{'-' if None in numbers else f'{np.mean(numbers):.{digits}f}':>{width}}"
         for axis in AXES:
-            scores = np.array([video["scores"][axis] for video in videos])
+            scores = np.array([[video["scores"][axis] for video in run["videos"]] for run in runs])
+            scores = np.nanmean(scores, axis=1) if len(runs) > 1 else scores[0]
             error = np.nanstd(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
             row += f"{f'{np.nanmean(scores):.3f} +- {error:.3f}':>22}"
         for kind, low, high in spans:
-            same = [same for video in videos for what, distance, same in video["returns"]
+            same = [same for run in runs for video in run["videos"] for what, distance, same in video["returns"]
                     if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance <= high]
             row += f"{f'{np.mean(same):.3f} ({len(same)})' if same else '-':>24}"
-        t, loss, rise, exchanged = max(memory, key=lambda level: level[2])
-        print(row + f"{f'{rise:+.4f}, {exchanged:+.4f} of {loss:.3f} ({t})':>32}")
+        t, loss, rise, exchanged = max(np.mean([run["memory"] for run in runs], axis=0), key=lambda level: level[2])
+        print(row + f"{f'{rise:+.4f}, {exchanged:+.4f} of {loss:.3f} ({t:.0f})':>32}")
     print("chance: " + ", ".join(f"{kind} {chance:.2f}" for kind, chance in CHANCE.items()) + "; in brackets how many returns were seen, after so many segments")
     print("memory: how much the loss of a last scene rises when its place had a stranger's colours before, and when it had exchanged them with "
           "another place, at the t in brackets")
+    print("+-: standard error over " + ("seeds of training" if max(map(len, found.values())) > 1 else "videos"))
 
 
 def compare(args, config, names, evaluate_layer):
-    """Train what is missing or was interrupted, score every layer on the same storyboards, and show them together: a table, comparison.json,
-    comparison.png with a row a layer, comparison.gif with the same story by every layer, consistency.png. A layer that fails is named;
-    the others go on."""
+    """Train what is missing or was interrupted, with every seed of training, score every layer on the same storyboards, and show them
+    together: a table, comparison.json, consistency.png, and of the first seed comparison.png with a row a layer and comparison.gif
+    with the same story by every layer. A training that fails is named; the others go on."""
     import imageio
     found, videos = {}, {}
-    for layer in names:
-        config = dataclasses.replace(config, layer=layer)
+    for layer, seed in itertools.product(names, args.train_seeds):
+        own = dataclasses.replace(config, layer=layer, seed=seed)
         try:
-            if not find_checkpoint(args.out_dir, config, args.stage):
+            path = find_checkpoint(args.out_dir, own, args.stage)
+            if not path or args.minutes and path.parent == ASSETS:            # what ships was trained by steps
                 train = [sys.executable, Path(__file__).with_name("ttt_minute.py"), "--preset", args.preset, "--stage", args.stage, "--layer", layer,
-                         "--out_dir", args.out_dir, "--resume"]
+                         "--seed", seed, "--out_dir", args.out_dir, "--resume"]
+                train += ["--minutes", args.minutes] if args.minutes else []
                 subprocess.run([*map(str, train), *(["--device", args.device] if args.device else [])], check=True)
-            found[layer] = evaluate_layer(layer)
-            path = run_folder(args.out_dir, config, args.stage) / f"evaluation-{args.seed}.mp4"
-            videos[layer] = np.stack(imageio.mimread(path, memtest=False))[:, ::2, ::2]
+                path = find_checkpoint(args.out_dir, own, args.stage)
+            given = read_checkpoint(path, whole=False)[1].get("minutes") or None
+            if given != args.minutes:
+                budget = {minutes: f"for {minutes:g} minutes" if minutes else "by steps" for minutes in (given, args.minutes)}
+                raise UserError(f"{path} was trained {budget[given]}, the others {budget[args.minutes]}; take another --out_dir")
+            found.setdefault(layer, []).append(dict(seed=seed, **evaluate_layer(own)))
+            if layer not in videos:
+                path = run_folder(args.out_dir, own, args.stage) / f"evaluation-{args.seed}.mp4"
+                videos[layer] = np.stack(imageio.mimread(path, memtest=False))[:, ::2, ::2]
         except (UserError, subprocess.CalledProcessError) as error:
-            print(f"{layer}: left out ({error})", file=sys.stderr)
+            print(layer + f" of seed {seed}" * (seed > 0) + f": left out ({error})", file=sys.stderr)
     if not found:
         raise UserError("no layer could be scored")
-    folder = Path(args.out_dir) / f"comparison-{args.stage}"
+    folder = Path(args.out_dir) / f"{args.preset}-comparison" / args.stage
     strips = [captioned(layer, np.concatenate(frames[SEGMENT // 2::SEGMENT], axis=1)) for layer, frames in videos.items()]
     with atomic(folder / "comparison.png") as temporary:
         imageio.imwrite(temporary, np.concatenate(strips))
@@ -499,7 +522,7 @@ def compare(args, config, names, evaluate_layer):
     save_gif([np.concatenate([captioned(*item) for item in zip(videos, row)], axis=1) for row in rows], folder / "comparison.gif")
     with atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
-    plot_consistency({layer: scored for layer, (scored, _) in found.items()}, folder / "consistency.png")
+    plot_consistency({layer: [video for run in runs for video in run["videos"]] for layer, runs in found.items()}, folder / "consistency.png")
     print_scores(found)
     print(f"look at {folder / 'comparison.png'} and {folder / 'comparison.gif'}")
 
@@ -542,7 +565,7 @@ def load_stage(args, config):
     path = find_checkpoint(args.out_dir, config, args.stage)
     if not path:
         raise UserError(f"{run_folder(args.out_dir, config, args.stage) / 'model.safetensors'} is missing; train it with: "
-                        f"python ttt_minute.py --stage {args.stage} --layer {config.layer} --preset {args.preset}")
+                        f"python ttt_minute.py --stage {args.stage} --layer {config.layer} --preset {args.preset}" + f" --seed {config.seed}" * (config.seed > 0))
     return load_checkpoint(path).eval(), path
 
 
@@ -563,6 +586,8 @@ def main():
     parser.add_argument("--evaluate", action="store_true", help="score held-out storyboards of the pocket world on the paper's four axes")
     parser.add_argument("--compare", action="store_true", help="train and score all layers, or those of --layers")
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), metavar="LAYER", help="what --compare compares (default: all)")
+    parser.add_argument("--minutes", type=float, help="with --compare: train every layer for so long, in place of the preset's steps")
+    parser.add_argument("--train_seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the training; several with --compare (default 0)")
     parser.add_argument("--videos", type=int, default=8, help="how many to score, from --seed on (default 8)")
     parser.add_argument("--check", action="store_true", help="only say what is in the storyboard, and whether its texts are too long")
     parser.add_argument("--negative", help="what to move away from, for segments whose storyboard names nothing")
@@ -571,12 +596,14 @@ def main():
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     add_device_flags(parser)
     args = parser.parse_args()
+    if (args.layers or args.minutes or len(args.train_seeds) > 1) and not args.compare:
+        raise UserError("--layers, --minutes and several --train_seeds need --compare")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps {args.steps}: between 1 and 1000 is needed")
     boards = dataset.parse_storyboard(args.storyboard) if args.storyboard else [held_out(STAGES[args.stage].segments, args.seed)]
     boards = [[dataset.Segment(s.text, s.negative or args.negative, s.scene) for s in board] for board in boards]
     where = args.storyboard or "held-out storyboard"
-    config = Config(**{**PRESETS[args.preset], "preset": args.preset, "layer": args.layer})
+    config = Config(**{**PRESETS[args.preset], "preset": args.preset, "layer": args.layer, "seed": args.train_seeds[0]})
     if args.check:
         text_encoder = dataset.T5Words(args.text_encoder) if args.text_encoder else dataset.PocketText()
         return check_boards(boards, text_encoder, config.text_len, where)
@@ -589,8 +616,8 @@ def main():
         if segments < 3 or args.preset == "5b" or args.videos < 1:
             raise UserError("stages of 9s and longer of the presets pocket and small can be scored, where rooms return, on at least one video")
 
-        def evaluate_layer(layer):
-            model, path = load_stage(args, dataclasses.replace(config, layer=layer))
+        def evaluate_layer(config):
+            model, path = load_stage(args, config)
             codec, text_encoder = encoders_of(model, path, args, device)
             folder, seeds = run_folder(args.out_dir, model.config, args.stage), range(args.seed, args.seed + args.videos)
             settings = dict(steps=args.steps, guidance=list(args.guidance))
@@ -598,7 +625,7 @@ def main():
 
         if args.compare:
             return compare(args, config, args.layers or list(LAYERS), evaluate_layer)
-        return print_scores({args.layer: evaluate_layer(args.layer)})
+        return print_scores({args.layer: [evaluate_layer(config)]})
     out = Path(args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4")
     if out.suffix != ".mp4":
         raise UserError(f"--out {out}: the name must end in .mp4")

@@ -1242,6 +1242,38 @@ def test_a_run_resumes_with_the_same_steps_batch_and_videos_only(trained, world,
         assert sentence in str(run(ttt_minute, *flags, *changed)) + capsys.readouterr().err
 
 
+def test_a_stage_can_be_given_minutes_in_place_of_steps(trained, world, tmp_path, monkeypatch, capsys):
+    """On a machine that takes a second a step, a tenth of a minute is six steps, interrupted or not, and sees the whole schedule."""
+    (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
+    flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path, *[flag for flag in SMALL if flag not in ("--steps", "4")], "--minutes", 0.1]
+    monkeypatch.setattr(ttt_minute.time, "perf_counter", map(float, itertools.count()).__next__)
+    draw, calls = ttt_minute.draw, []
+
+    def interrupting_draw(*args):
+        calls.append(args[-1])
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(ttt_minute, "draw", interrupting_draw)
+    assert run(ttt_minute, *flags) == 130
+    assert "minutes 0.1, this one has 0.2" in str(run(ttt_minute, *flags[:-1], 0.2, "--resume")) + capsys.readouterr().err
+    assert run(ttt_minute, *flags, "--resume") == 0
+    rates = [json.loads(line)["lr_new"] for line in (tmp_path / "pocket-ttt_mlp/3s/log.jsonl").open()]
+    stage = ttt_minute.POCKET_STAGES["3s"]
+    assert rates == pytest.approx([lr_at(stage.steps * i // 6, stage.steps, stage.lr_new, "cosine", Config()) for i in range(6)])
+    manifest = ttt_minute.read_checkpoint(tmp_path / "pocket-ttt_mlp/3s/model.safetensors", whole=False)[1]
+    assert (manifest["steps"], manifest["minutes"]) == (6, 0.1)
+
+
+def test_minutes_are_those_of_the_stage_and_earlier_stages_get_theirs_by_tokens(tmp_path, capsys):
+    assert run(ttt_minute, "--stage", "9s", "--out_dir", tmp_path, "--minutes", 10, "--dry_run") == 0
+    plan = capsys.readouterr().out
+    assert "10.0 min x 4" in plan and "0.3 min x 8" in plan              # 800 x 4 x 3 and 40 x 8 x 1 segments
+    assert run(ttt_minute, "--minutes", 10, "--steps", 10) == 2 and "not allowed with" in capsys.readouterr().err
+    assert run(ttt_minute, "--minutes", 0) == 2 and "--minutes 0" in capsys.readouterr().err
+
+
 def test_nan_stops_the_run_and_keeps_the_last_good_state(trained, world, tmp_path, monkeypatch, capsys):
     (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
     loss = ttt_minute.diffusion_loss
@@ -2119,12 +2151,47 @@ def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_
     assert run(sample, "--stage", "9s", "--out_dir", trained, "--steps", 1, "--device", "cpu", "--videos", 1, "--compare", "--layers", "ttt_mlp", "mamba2") == 0
     captured = capfd.readouterr()
     assert "mamba2: left out" in captured.err and "ttt_mlp" in captured.out and "rooms after 1-4" in captured.out
-    assert list(json.loads((trained / "comparison-9s/comparison.json").read_text())) == ["ttt_mlp"]
-    assert (trained / "comparison-9s/comparison.png").exists() and Image.open(trained / "comparison-9s/comparison.gif").size == (192, 144)
+    folder = trained / "pocket-comparison/9s"
+    assert list(json.loads((folder / "comparison.json").read_text())) == ["ttt_mlp"]
+    assert (folder / "comparison.png").exists() and Image.open(folder / "comparison.gif").size == (192, 144)
     assert run(sample, "--stage", "9s", "--out_dir", trained / "nowhere", "--compare", "--layers", "swa") == 2
     assert "--preset pocket" in capfd.readouterr().err.replace("', '", " ")
     assert run(sample, "--preset", "small", "--stage", "9s", "--out_dir", trained, "--compare", "--layers", "ttt_mlp") == 2     # pocket's will not do
     assert "--preset small" in capfd.readouterr().err.replace("', '", " ")
+
+
+def test_seeds_of_training_start_from_one_pretrain_and_are_averaged(trained, world, tmp_path, capfd, monkeypatch):
+    (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
+    trainings = []
+
+    def train(command, check):
+        trainings.append(command)
+        assert run(ttt_minute, *command[2:], "--data", world, *SMALL) == 0
+
+    monkeypatch.setattr(sample.subprocess, "run", train)
+    flags = ["--stage", "9s", "--out_dir", tmp_path, "--steps", 1, "--videos", 2, "--compare", "--layers", "swa"]
+    assert run(sample, *flags, "--train_seeds", 0, 1) == 0 and len(trainings) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"pocket-local", "pocket-swa", "pocket-swa-seed1", "pocket-comparison"}
+    one, two = runs = json.loads((tmp_path / "pocket-comparison/9s/comparison.json").read_text())["swa"]
+    assert (one["seed"], two["seed"]) == (0, 1) and one["steps"] == two["steps"] == 4 and one["loss"] != two["loss"]
+    means = [np.mean([video["scores"]["motion naturalness"] for video in run["videos"]]) for run in runs]
+    table = capfd.readouterr().out
+    assert f"{np.mean(means):.3f} +- {abs(means[0] - means[1]) / 2:.3f}" in table and "standard error over seeds" in table
+    assert run(sample, *flags) == 0 and len(trainings) == 2              # what is there is not trained again
+    assert "standard error over videos" in capfd.readouterr().out
+    assert run(sample, *flags, "--minutes", 1) == 2                      # another budget is another experiment
+    assert "was trained by steps, the others for 1 minutes; take another --out_dir" in capfd.readouterr().err
+
+
+def test_what_ships_is_one_seed_and_was_trained_by_steps(tmp_path, capfd, monkeypatch):
+    def no_training(command, check):
+        raise subprocess.CalledProcessError(2, command)
+
+    monkeypatch.setattr(sample.subprocess, "run", no_training)
+    assert ttt_minute.find_checkpoint(tmp_path, Config(seed=1), "63s") is None
+    assert ttt_minute.find_checkpoint(tmp_path, Config(seed=1), "pretrain").parent == ttt_minute.ASSETS
+    assert run(sample, "--stage", "63s", "--out_dir", tmp_path, "--compare", "--layers", "ttt_mlp", "--minutes", 2) == 2
+    assert "'--minutes', '2.0'" in capfd.readouterr().err                # so it is trained
 
 
 # ----------------------------------------------------------------------------------------------------

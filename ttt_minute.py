@@ -177,6 +177,7 @@ class Stage:
     everything: bool = False        # train all parameters; else only TTT, gates and local attention (QKVO and its norms)
     lr_muon: float = 0.0            # > 0: matrices of the blocks learn by Muon instead of AdamW, at this rate
     noise: tuple = (0.0, 1.0)       # diffusion timesteps are drawn from this part of 0 .. 999
+    minutes: float = 0.0            # > 0: of training, in which the schedule of `steps` is walked through at the pace of the machine
 
 
 PAPER_STAGES = {
@@ -2368,7 +2369,7 @@ def print_cost(config, stages, names):
               + "".join(f"{flops[part] / 1e12:>19,.1f}" for part in parts) + f"{sum(flops.values()) / 1e12:>10,.0f}")
     base, ttt, gates, _ = parameter_counts(config, stages[names[0]])
     print(f"parameters: base {base:,}, global layers {ttt:,}, gates {gates:,}\n")
-    print(f"H100-hours at {USED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s, and to sample one video of the stage on one GPU (50 steps, 99 passes)")
+    print(f"H100-hours for a stage's steps at {USED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s, and to sample one video of the stage on one GPU (50 steps, 99 passes)")
     print(f"{'stage':<9} {'H100-hours':>11}{'sampling':>12} {'minutes':>8}")
     for name in names:
         stage, own = stages[name], dataclasses.replace(config, layer=layer_of(config, name))
@@ -2529,8 +2530,8 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def run_folder(out_dir, config, name):
-    """Where a stage is written: OUT_DIR/PRESET-LAYER/STAGE."""
-    seed = f"-seed{config.seed}" if config.seed else ""
+    """Where a stage is written: OUT_DIR/PRESET-LAYER/STAGE. All layers and seeds share a pretrain."""
+    seed = f"-seed{config.seed}" if config.seed and name != "pretrain" else ""
     return Path(out_dir) / f"{config.preset}-{layer_of(config, name)}{seed}" / name
 
 
@@ -2579,10 +2580,10 @@ def check_config(path, saved, config):
 
 def find_checkpoint(out_dir, config, name):
     """The file of a trained stage: one in OUT_DIR, else one that ships in assets/ and fits; None if there is neither."""
-    own = run_folder(out_dir, config, name) / "model.safetensors"
-    if own.exists():
+    folder = run_folder(out_dir, config, name)
+    if (own := folder / "model.safetensors").exists():
         return own
-    shipped = ASSETS / f"{config.preset}-{layer_of(config, name)}-{name}.safetensors"
+    shipped = ASSETS / f"{folder.parent.name}-{name}.safetensors"
     fits = shipped.exists() and not difference(read_checkpoint(shipped, whole=False)[1]["config"], dataclasses.asdict(config))
     return shipped if fits else None
 
@@ -2713,9 +2714,9 @@ def load_state(folder, model, optimizers, manifest, devices):
         raise UserError(f"{folder / 'state'}: no state is whole; start the stage again with --overwrite")
     check_config(path, saved["config"], manifest["config"])
     dataset.check_encoders(path, saved["encoders"], manifest["encoders"], "start the stage again with --overwrite")
-    for key in ("batch", "steps", "videos"):
-        if saved[key] != manifest[key]:
-            raise UserError(f"{path} was made by a run with {key} {saved[key]}, this one has {manifest[key]}; resume with the same flags and data")
+    for key in ("batch", "steps", "minutes", "videos"):
+        if saved.get(key) != manifest[key]:
+            raise UserError(f"{path} was made by a run with {key} {saved.get(key)}, this one has {manifest[key]}; resume with the same flags and data")
     reader = HuggingFaceStorageReader(str(path))
     shapes = {tuple(key.split(".", 1)): entry.size for key, entry in reader.read_metadata().state_dict_metadata.items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -2839,20 +2840,20 @@ def train(model, name, stage, runs, folder, save_every, devices):
     optimizers = make_optimizers(model, stage, config)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trainable = [parameter for group in groups for parameter in group["params"]]
-    manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, batch=stage.batch, videos=len(runs),
-                    encoders=runs.encoders)
+    manifest = dict(config=dataclasses.asdict(config), stage=name, steps=stage.steps, minutes=stage.minutes, batch=stage.batch,
+                    videos=len(runs), encoders=runs.encoders)
     prepare(model)
     first = load_state(folder, model, optimizers, manifest, devices) if saved_states(folder) else 0
     tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
-    log, recent = open_log(folder / "log.jsonl", first, devices)
-    asked = []
+    log, recent, spent = open_log(folder / "log.jsonl", first, devices)
+    asked, done = [], first
     old_handlers = {number: signal.signal(number, lambda *_: asked.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    bar = tqdm(range(first, stage.steps), desc=name, initial=first, total=stage.steps, unit="step", dynamic_ncols=True)
-    for step in bar:
-        begin = time.perf_counter()
+    bar = tqdm(desc=name, initial=first, total=None if stage.minutes else stage.steps, unit="step", dynamic_ncols=True)
+    while (place := schedule_step(stage, done, spent)) < stage.steps:
+        begin, step = time.perf_counter(), done
         for group in groups:
-            group["lr"] = lr_at(step, stage.steps, group["peak"], group["schedule"], config)
+            group["lr"] = lr_at(place, stage.steps, group["peak"], group["schedule"], config)
         loss = 0.0
         for batch in draw(runs, stage, config, name, step, devices.group, devices.groups):
             latents, text, t, noise = (x.to(device) for x in batch)
@@ -2868,39 +2869,49 @@ def train(model, name, stage, runs, folder, save_every, devices):
             optimizer.step()
         model.zero_grad()
 
-        seconds, done = time.perf_counter() - begin, step + 1
+        seconds, done = devices.sum(torch.tensor(time.perf_counter() - begin)).item() / devices.count, step + 1
+        spent += seconds
         lr = {"lr_new" if group["new"] else "lr": group["lr"] for group in optimizers[0].param_groups}
         log.write(json.dumps(dict(stage=name, step=step, loss=loss.item(), **lr, grad_norm=norm.item(), ms=round(1000 * seconds, 1),
                                   tokens_per_second=round(tokens / seconds), memory_gb=round(memory_gb(device), 2))) + "\n")
         log.flush()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if interrupted or done == stage.steps or done % save_every == 0:
+        bar.update()
+        over = schedule_step(stage, done, spent) >= stage.steps
+        if interrupted or over or done % save_every == 0:
             save_state(folder, model, optimizers, done, manifest, devices)
-        if interrupted and done < stage.steps:
+        if interrupted and not over:
             bar.close()
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
             print(f"interrupted after step {done} of stage {name}, which is saved; go on with --resume", file=sys.stderr)
             raise KeyboardInterrupt
+    bar.close()
     log.close()
     for number, handler in old_handlers.items():
         signal.signal(number, handler)
     model.encoders = runs.encoders
     if stage.lr_muon:
         unit_attention(model)
-    save_model(model, folder / "model.safetensors", stage=name, steps=stage.steps)
+    save_model(model, folder / "model.safetensors", stage=name, steps=done, minutes=stage.minutes)
+
+
+def schedule_step(stage, done, seconds):
+    """Where a stage is in its schedule of steps, after so many steps and seconds: at the step, or at its share of the minutes."""
+    return int(stage.steps * seconds / (60 * stage.minutes)) if stage.minutes else done
 
 
 def open_log(path, first, devices):
-    """A stage's log, without the steps that will be taken again, and its last 50 losses. The first process writes for all."""
+    """A stage's log, without the steps that will be taken again, its last 50 losses and its seconds. The first process writes for all."""
     lines = []
     if devices.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
         with atomic(path) as temporary:
             temporary.write_text("".join(lines))
-    recent = collections.deque((json.loads(line)["loss"] for line in devices.tell(lines[-50:])), maxlen=50)
-    return open(os.devnull, "w") if devices.rank else path.open("a"), recent
+    steps = [json.loads(line) for line in devices.tell(lines)]
+    recent = collections.deque((step["loss"] for step in steps), maxlen=50)
+    return open(os.devnull, "w") if devices.rank else path.open("a"), recent, sum(step["ms"] for step in steps) / 1000
 
 
 def memory_gb(device):
@@ -2997,10 +3008,12 @@ def print_plan(config, stages, todo, start, device, episodes):
         if own.layer not in rate:
             rate[own.layer] = seconds_a_token(own, device) if config.preset != "5b" else math.nan
         tokens = Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
-        seconds = rate[own.layer] * tokens * (stage.steps * stage.batch + 30)         # a sample reads its video 99 times, forward only
+        sampling = rate[own.layer] * tokens * 30                                      # it reads its video 99 times, forward only
+        seconds = sampling + (60 * stage.minutes or rate[own.layer] * tokens * stage.steps * stage.batch)
         total += seconds
         known = name != "pretrain"
-        steps = f"{stage.steps} x {stage.batch}" + (f" ({paper.steps} x {paper.batch})" if known else "")
+        steps = f"{stage.minutes:.1f} min" if stage.minutes else f"{stage.steps}"
+        steps += f" x {stage.batch}" + (f" ({paper.steps} x {paper.batch})" if known else "")
         lr = f"{stage.lr_new:.0e} / {stage.lr_rest:.0e}" + (f" ({paper.lr_new:.0e} / {paper.lr_rest:.0e})" if known else "")
         print(f"{name:<9} {stage.segments:>8} {tokens:>8} {steps:>22} {lr:>36} {minutes(seconds)}")
     print(f"{'in all':<87} {minutes(total)}\n")
@@ -3074,7 +3087,9 @@ def main():
     parser.add_argument("--out_dir", default="out", help="where runs are written (default out)")
     parser.add_argument("--data", help="a folder made by `dataset.py --ingest` (default: the pocket world, rendered when missing)")
     parser.add_argument("--episodes", type=int, help="one-minute episodes of the pocket world to train on (default 256)")
-    parser.add_argument("--steps", type=int, help="steps of every stage, in place of the preset's")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="steps of every stage, in place of the preset's")
+    length.add_argument("--minutes", type=float, help="train the stage for so long instead, and those before it in proportion to their tokens")
     parser.add_argument("--batch_size", type=int, help="videos a step, in place of the preset's")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="save what --resume needs every so many steps (default 100)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -3092,6 +3107,8 @@ def main():
     for name in ("steps", "batch_size", "checkpoint_every", "episodes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        raise UserError(f"--minutes {args.minutes}: more than 0 is needed")
     config, device = config_from(args), pick_device(args.device)
 
     changes = {"steps": args.steps, "batch": args.batch_size}
@@ -3100,6 +3117,9 @@ def main():
     if args.stage not in stages:
         raise UserError(f"--stage {args.stage}: preset {config.preset} has the stages {', '.join(stages)}")
     chain = list(stages)[:list(stages).index(args.stage) + 1]
+    if args.minutes:
+        tokens = {name: stage.steps * stage.batch * stage.segments for name, stage in stages.items()}
+        stages = {name: dataclasses.replace(stage, minutes=args.minutes * tokens[name] / tokens[args.stage]) for name, stage in stages.items()}
     folders = {name: run_folder(args.out_dir, config, name) for name in chain}
     start, todo = find_start(args, config, chain)
     data = Path(args.data or Path(args.out_dir) / "pocket-world" / "latents-{}x{}".format(*config.frame_size))
