@@ -504,7 +504,7 @@ def compare(args, config, names, evaluate_layer):
                 path = find_checkpoint(args.out_dir, own, args.stage)
             given = read_checkpoint(path, whole=False)[1].get("minutes") or None
             if given != args.minutes:
-                budget = {minutes: f"for {minutes:g} minutes" if minutes else "by steps" for minutes in (given, args.minutes)}
+                budget = {minutes: f"for {minutes:g} min" if minutes else "by steps" for minutes in (given, args.minutes)}
                 raise UserError(f"{path} was trained {budget[given]}, the others {budget[args.minutes]}; take another --out_dir")
             found.setdefault(layer, []).append(dict(seed=seed, **evaluate_layer(own)))
             if layer not in videos:

@@ -2160,8 +2160,24 @@ def test_layers_are_compared_on_the_same_storyboards_and_one_without_weights_is_
     assert "--preset small" in capfd.readouterr().err.replace("', '", " ")
 
 
-def test_seeds_of_training_start_from_one_pretrain_and_are_averaged(trained, world, tmp_path, capfd, monkeypatch):
-    (tmp_path / "pocket-local").symlink_to(trained / "pocket-local")
+def test_the_error_of_a_score_is_over_seeds_of_training_or_over_the_videos_of_one(capsys):
+    def scored(*scores):
+        videos = [{"scores": dict.fromkeys(sample.AXES, score), "returns": [["kitchen", 2, score]]} for score in scores]
+        return dict(videos=videos, memory=[(880, 0.4, scores[0] / 10, 0.0)], steps=7, minutes=None, loss=0.5)
+
+    sample.print_scores({"swa": [scored(0.2, 0.4)]})
+    table = capsys.readouterr().out
+    assert table.count("0.300 +- 0.100") == 4 and "0.300 (2)" in table and "error over videos" in table
+    sample.print_scores({"swa": [scored(0.2, 0.4), scored(0.3, 0.7), scored(0.6, 0.8)]})        # means 0.3, 0.5, 0.7
+    table = capsys.readouterr().out
+    assert table.count(f"0.500 +- {0.2 / 3 ** 0.5:.3f}") == 4 and "0.500 (6)" in table and "error over seeds" in table
+    assert "+0.0367, +0.0000 of 0.400 (880)" in table and table.splitlines()[1].split()[:4] == ["swa", "7", "-", "0.500"]
+
+
+def test_seeds_of_training_start_from_one_pretrain(trained, world, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sample, "memory_in_loss", functools.partial(sample.memory_in_loss, videos=1))
+    for name in "pocket-local", "pocket-ttt_mlp":
+        (tmp_path / name).symlink_to(trained / name)
     trainings = []
 
     def train(command, check):
@@ -2169,18 +2185,13 @@ def test_seeds_of_training_start_from_one_pretrain_and_are_averaged(trained, wor
         assert run(ttt_minute, *command[2:], "--data", world, *SMALL) == 0
 
     monkeypatch.setattr(sample.subprocess, "run", train)
-    flags = ["--stage", "9s", "--out_dir", tmp_path, "--steps", 1, "--videos", 2, "--compare", "--layers", "swa"]
-    assert run(sample, *flags, "--train_seeds", 0, 1) == 0 and len(trainings) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"pocket-local", "pocket-swa", "pocket-swa-seed1", "pocket-comparison"}
-    one, two = runs = json.loads((tmp_path / "pocket-comparison/9s/comparison.json").read_text())["swa"]
+    flags = ["--stage", "9s", "--out_dir", tmp_path, "--steps", 1, "--videos", 1, "--compare", "--layers", "ttt_mlp"]
+    assert run(sample, *flags, "--train_seeds", 0, 1) == 0 and len(trainings) == 1           # seed 0 is there
+    assert {path.name for path in tmp_path.iterdir()} == {"pocket-local", "pocket-ttt_mlp", "pocket-ttt_mlp-seed1", "pocket-comparison"}
+    one, two = json.loads((tmp_path / "pocket-comparison/9s/comparison.json").read_text())["ttt_mlp"]
     assert (one["seed"], two["seed"]) == (0, 1) and one["steps"] == two["steps"] == 4 and one["loss"] != two["loss"]
-    means = [np.mean([video["scores"]["motion naturalness"] for video in run["videos"]]) for run in runs]
-    table = capfd.readouterr().out
-    assert f"{np.mean(means):.3f} +- {abs(means[0] - means[1]) / 2:.3f}" in table and "standard error over seeds" in table
-    assert run(sample, *flags) == 0 and len(trainings) == 2              # what is there is not trained again
-    assert "standard error over videos" in capfd.readouterr().out
     assert run(sample, *flags, "--minutes", 1) == 2                      # another budget is another experiment
-    assert "was trained by steps, the others for 1 minutes; take another --out_dir" in capfd.readouterr().err
+    assert "was trained by steps, the others for 1 min; take another --out_dir" in capfd.readouterr().err
 
 
 def test_what_ships_is_one_seed_and_was_trained_by_steps(tmp_path, capfd, monkeypatch):

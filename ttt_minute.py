@@ -2369,7 +2369,7 @@ def print_cost(config, stages, names):
               + "".join(f"{flops[part] / 1e12:>19,.1f}" for part in parts) + f"{sum(flops.values()) / 1e12:>10,.0f}")
     base, ttt, gates, _ = parameter_counts(config, stages[names[0]])
     print(f"parameters: base {base:,}, global layers {ttt:,}, gates {gates:,}\n")
-    print(f"H100-hours for a stage's steps at {USED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s, and to sample one video of the stage on one GPU (50 steps, 99 passes)")
+    print(f"H100-hours of a stage's steps at {USED:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s, and of one sample on one GPU (50 steps, 99 passes)")
     print(f"{'stage':<9} {'H100-hours':>11}{'sampling':>12} {'minutes':>8}")
     for name in names:
         stage, own = stages[name], dataclasses.replace(config, layer=layer_of(config, name))
