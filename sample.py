@@ -458,32 +458,36 @@ def stories_that_return(segments, videos):
     return found
 
 
+def summary(runs, level):
+    """What a table says of a layer, {line: text}, from its scored stages, one for every seed of training: how it was trained, mean and
+    standard error of each axis (over seeds, or over the videos of a single one), how much of what returned came back after so many
+    segments and how many returns were seen, and what the loss says of memory, at one of the levels of memory_in_loss."""
+    lines = {}
+    for key, line, digits in ("steps", "steps", 0), ("minutes", "minutes", 1), ("loss", "last 40 losses of training", 3):
+        numbers = [run[key] for run in runs]
+        lines[line] = "-" if None in numbers else f"{np.mean(numbers):.{digits}f}"
+    for axis in AXES:
+        scores = np.array([[video["scores"][axis] for video in run["videos"]] for run in runs])
+        scores = np.nanmean(scores, axis=1) if len(runs) > 1 else scores[0]
+        error = np.nanstd(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
+        lines[axis] = f"{np.nanmean(scores):.3f} +- {error:.3f}"
+    for kind, low, high in ((kind, low, high) for kind in CHANCE for low, high in ((1, 4), (5, 20))):
+        same = [same for run in runs for video in run["videos"] for what, distance, same in video["returns"]
+                if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance <= high]
+        lines[f"{kind} after {low}-{high} (chance {CHANCE[kind]:.2f})"] = f"{np.mean(same):.3f} ({len(same)})" if same else "-"
+    t, loss, rise, exchanged = np.mean([run["memory"][level] for run in runs], axis=0)
+    return lines | {f"loss of a last scene at t {t:.0f}": f"{loss:.3f}", "  after a stranger's colours": f"{rise:+.4f}", "  after exchanged colours": f"{exchanged:+.4f}"}
+
+
 def print_scores(found):
-    """{name: scored stages, one for every seed of training} as a table: how it was trained, mean and standard error of each axis (over
-    seeds, or over the videos of a single one), how much of what returned came back, and what the loss says of memory."""
-    spans = [(kind, low, high) for kind in CHANCE for low, high in ((1, 4), (5, 20))]
-    print(f"{'':<16}{'steps':>7}{'minutes':>9}{'last 40 losses':>16}" + "".join(f"{axis:>22}" for axis in AXES)
-          + "".join(f"{f'{kind} after {low}-{high}':>24}" for kind, low, high in spans) + f"{'memory':>32}")
-    for name, runs in found.items():
-        row = f"{name:<16}"
-        for key, width, digits in ("steps", 7, 0), ("minutes", 9, 1), ("loss", 16, 3):
-            numbers = [run[key] for run in runs]
-            row += f"{'-' if None in numbers else f'{np.mean(numbers):.{digits}f}':>{width}}"
-        for axis in AXES:
-            scores = np.array([[video["scores"][axis] for video in run["videos"]] for run in runs])
-            scores = np.nanmean(scores, axis=1) if len(runs) > 1 else scores[0]
-            error = np.nanstd(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
-            row += f"{f'{np.nanmean(scores):.3f} +- {error:.3f}':>22}"
-        for kind, low, high in spans:
-            same = [same for run in runs for video in run["videos"] for what, distance, same in video["returns"]
-                    if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance <= high]
-            row += f"{f'{np.mean(same):.3f} ({len(same)})' if same else '-':>24}"
-        t, loss, rise, exchanged = max(np.mean([run["memory"] for run in runs], axis=0), key=lambda level: level[2])
-        print(row + f"{f'{rise:+.4f}, {exchanged:+.4f} of {loss:.3f} ({t:.0f})':>32}")
-    print("chance: " + ", ".join(f"{kind} {chance:.2f}" for kind, chance in CHANCE.items()) + "; in brackets how many returns were seen, after so many segments")
-    print("memory: how much the loss of a last scene rises when its place had a stranger's colours before, and when it had exchanged them with "
-          "another place, at the t in brackets")
-    print("+-: standard error over " + ("seeds of training" if max(map(len, found.values())) > 1 else "videos"))
+    """{name: scored stages} as a table, a column each; memory where somebody has most."""
+    level = np.max([[rise for _, _, rise, _ in run["memory"]] for runs in found.values() for run in runs], axis=0).argmax()
+    columns = {name: summary(runs, level) for name, runs in found.items()}
+    print(f"{'':<36}" + "".join(f"{name:>17}" for name in columns))
+    for line in next(iter(columns.values())):
+        print(f"{line:<36}" + "".join(f"{column[line]:>17}" for column in columns.values()))
+    print("+-: standard error over seeds of training, over videos where there is one seed; in brackets: how many returns were seen; last lines:\n"
+          "how much the loss rises when the place had a stranger's colours before, and when it had exchanged them with another place")
 
 
 def compare(args, config, names, evaluate_layer):

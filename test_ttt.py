@@ -2167,11 +2167,13 @@ def test_the_error_of_a_score_is_over_seeds_of_training_or_over_the_videos_of_on
 
     sample.print_scores({"swa": [scored(0.2, 0.4)]})
     table = capsys.readouterr().out
-    assert table.count("0.300 +- 0.100") == 4 and "0.300 (2)" in table and "error over videos" in table
+    assert table.count("0.300 +- 0.100") == 4 and "0.300 (2)" in table
     sample.print_scores({"swa": [scored(0.2, 0.4), scored(0.3, 0.7), scored(0.6, 0.8)]})        # means 0.3, 0.5, 0.7
     table = capsys.readouterr().out
-    assert table.count(f"0.500 +- {0.2 / 3 ** 0.5:.3f}") == 4 and "0.500 (6)" in table and "error over seeds" in table
-    assert "+0.0367, +0.0000 of 0.400 (880)" in table and table.splitlines()[1].split()[:4] == ["swa", "7", "-", "0.500"]
+    assert table.count(f"0.500 +- {0.2 / 3 ** 0.5:.3f}") == 4 and "0.500 (6)" in table
+    cells = {line[:36].strip(): line[36:].strip() for line in table.splitlines()}
+    assert (cells["steps"], cells["minutes"], cells["last 40 losses of training"]) == ("7", "-", "0.500")
+    assert (cells["loss of a last scene at t 880"], cells["after a stranger's colours"]) == ("0.400", "+0.0367")
 
 
 def test_seeds_of_training_start_from_one_pretrain(trained, world, tmp_path, capfd, monkeypatch):
