@@ -488,6 +488,8 @@ def print_scores(found):
         print(f"{line:<36}" + "".join(f"{column[line]:>17}" for column in columns.values()))
     print("+-: standard error over seeds of training, over videos where there is one seed; in brackets: how many returns were seen; last lines:\n"
           "how much the loss rises when the place had a stranger's colours before, and when it had exchanged them with another place")
+    if any(column["steps"] == "-" for column in columns.values()):
+        print("steps -: no log lies beside these weights; those that ship took more steps than the preset has")
 
 
 def compare(args, config, names, evaluate_layer):

@@ -2173,6 +2173,7 @@ def test_the_error_of_a_score_is_over_seeds_of_training_or_over_the_videos_of_on
     assert table.count(f"0.500 +- {0.2 / 3 ** 0.5:.3f}") == 4 and "0.500 (6)" in table
     cells = {line[:36].strip(): line[36:].strip() for line in table.splitlines()}
     assert (cells["steps"], cells["minutes"], cells["last 40 losses of training"]) == ("7", "-", "0.500")
+    assert "those that ship took more steps" in table
     assert (cells["loss of a last scene at t 880"], cells["after a stranger's colours"]) == ("0.400", "+0.0367")
 
 
