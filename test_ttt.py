@@ -475,6 +475,18 @@ def test_mamba2_is_that_of_transformers():
     assert relative(ours(x, Layout(1, 37, (13, 0, 0))), theirs(x)) < 1e-5
 
 
+@pytest.mark.parametrize("layer", ["mamba2", "gated_deltanet"])
+def test_memories_fade_within_a_thousand_tokens_as_published_or_as_slowly_as_asked(layer):
+    def spans(decay):                                                                 # tokens until a memory has faded to 1/e, by head
+        torch.manual_seed(0)
+        made = ttt_minute.LAYERS[layer](Config(**ttt_minute.PRESETS["5b"] | dict(layer=layer, heads=32, head_width=16, decay=decay)))
+        return 1 / (made.A_log.exp() * F.softplus(made.dt_bias))
+
+    published = spans(1.0)
+    assert published.min() > 1 / (16 * 0.1) and published.max() < 1 / (1 * 0.001) and published.max() > 30 * published.min()
+    assert relative(spans(0.01), 100 * published) < 1e-5
+
+
 @pytest.mark.parametrize("layer", ["ttt_linear", "ttt_mlp", "mamba2", "gated_deltanet"])
 def test_states_are_as_large_as_in_the_papers_comparison(layer):
     """Mamba 2's is four times TTT-Linear's and half of TTT-MLP's; Gated DeltaNet's is made as large as Mamba 2's."""

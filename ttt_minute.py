@@ -118,6 +118,7 @@ class Config:
     ttt_proj_std: float = 0.09      # of the linear maps around the scan: 1/sqrt(D), as the paper's 0.02 is at D = 3072
     ttt_eps: float = 1e-8           # epsilon of the inner LayerNorm
     scan_checkpoint: int = 4        # the scan keeps W every so many mini-batches, for its backward pass
+    decay: float = 1.0              # scales how fast Mamba 2 and Gated DeltaNet forget at the start; 1 as published
     gate_init: float = 0.3          # alpha at the start (eq 6): small, so that untrained layers disturb little; at 0 they vanish
     backend: str = "auto"           # of ttt_scan: auto, triton, cuda, torch, dual or autograd
 
@@ -1648,10 +1649,10 @@ def rms_norm(x, weight, eps=1e-5):
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
-def decay_rates(heads):
-    """A and the bias of dt, as published: A in 1 .. 16, softplus(bias) log-uniform in 0.001 .. 0.1."""
+def decay_rates(heads, scale):
+    """A and the bias of dt: A in 1 .. 16 times `scale` (1 as published), softplus(bias) log-uniform in 0.001 .. 0.1."""
     dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-    return nn.Parameter(torch.empty(heads).uniform_(1, 16).log()), nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+    return nn.Parameter(torch.empty(heads).uniform_(1, 16).mul(scale).log()), nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
 
 
 class Mamba2(nn.Module):
@@ -1663,7 +1664,7 @@ class Mamba2(nn.Module):
         self.widths = [self.inner, self.inner + 2 * self.state, self.heads]           # gate z; x, B, C; dt
         self.in_proj = nn.Linear(config.dim, sum(self.widths), bias=False)
         self.conv = nn.Conv1d(self.widths[1], self.widths[1], kernel_size=4, groups=self.widths[1], bias=True)
-        self.A_log, self.dt_bias = decay_rates(self.heads)
+        self.A_log, self.dt_bias = decay_rates(self.heads, config.decay)
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.Parameter(torch.ones(self.inner))
         self.out = nn.Linear(self.inner, config.dim, bias=False)
@@ -1702,7 +1703,7 @@ class GatedDeltaNet(nn.Module):
         self.qkv = nn.Linear(D, sum(self.widths), bias=False)
         self.conv = nn.Conv1d(sum(self.widths), sum(self.widths), kernel_size=4, groups=sum(self.widths), bias=False)
         self.rates = nn.Linear(D, 2 * self.heads, bias=False)                         # of decay and of writing
-        self.A_log, self.dt_bias = decay_rates(self.heads)
+        self.A_log, self.dt_bias = decay_rates(self.heads, config.decay)
         self.gate = nn.Linear(D, 2 * D, bias=False)
         self.norm = nn.Parameter(torch.ones(2 * D // self.heads))
         self.out = nn.Linear(2 * D, D, bias=False)
