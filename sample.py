@@ -458,10 +458,10 @@ def stories_that_return(segments, videos):
     return found
 
 
-def summary(runs, level):
+def summary(runs):
     """What a table says of a layer, {line: text}, from its scored stages, one for every seed of training: how it was trained, mean and
     standard error of each axis (over seeds, or over the videos of a single one), how much of what returned came back after so many
-    segments and how many returns were seen, and what the loss says of memory, at one of the levels of memory_in_loss."""
+    segments and how many returns were seen, and what the loss says of memory, at the middle level of memory_in_loss."""
     lines = {}
     for key, line, digits in ("steps", "steps", 0), ("minutes", "minutes", 1), ("loss", "last 40 losses of training", 3):
         numbers = [run[key] for run in runs]
@@ -475,14 +475,13 @@ def summary(runs, level):
         same = [same for run in runs for video in run["videos"] for what, distance, same in video["returns"]
                 if (what in dataset.ROOMS) == (kind == "rooms") and low <= distance <= high]
         lines[f"{kind} after {low}-{high} (chance {CHANCE[kind]:.2f})"] = f"{np.mean(same):.3f} ({len(same)})" if same else "-"
-    t, loss, rise, exchanged = np.mean([run["memory"][level] for run in runs], axis=0)
+    t, loss, rise, exchanged = np.mean([run["memory"][len(run["memory"]) // 2] for run in runs], axis=0)
     return lines | {f"loss of a last scene at t {t:.0f}": f"{loss:.3f}", "  after a stranger's colours": f"{rise:+.4f}", "  after exchanged colours": f"{exchanged:+.4f}"}
 
 
 def print_scores(found):
-    """{name: scored stages} as a table, a column each; memory where somebody has most."""
-    level = np.max([[rise for _, _, rise, _ in run["memory"]] for runs in found.values() for run in runs], axis=0).argmax()
-    columns = {name: summary(runs, level) for name, runs in found.items()}
+    """{name: scored stages} as a table, a column each."""
+    columns = {name: summary(runs) for name, runs in found.items()}
     print(f"{'':<36}" + "".join(f"{name:>17}" for name in columns))
     for line in next(iter(columns.values())):
         print(f"{line:<36}" + "".join(f"{column[line]:>17}" for column in columns.values()))
