@@ -48,7 +48,7 @@ def join(device, batches, context=1, shard=0):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The first process draws the world and decodes videos alone, while the others wait.
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    if rank:                                                                          # one voice is enough
+    if rank:                                                  # only the first process prints
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     weights = init_device_mesh(device.type, (world_size // shard, shard), mesh_dim_names=("copies", "shard"))
@@ -64,7 +64,7 @@ def place(device, weights, context, make):
     On GPUs weights are gathered in bf16; gradients are summed in fp32, over other videos and other tokens of
     the same alike.
     """
-    box = [make() if dist.get_rank() == 0 else None]
+    box = [make() if dist.get_rank() == 0 else None]          # the others get its class, config, shards
     kind = [(type(box[0]), box[0].config) if box[0] is not None else None]
     dist.broadcast_object_list(kind, device=torch.device("cpu"))
     network, config = kind[0]

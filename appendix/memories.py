@@ -106,7 +106,7 @@ def ssd(x, dt, A, Bm, Cm, chunk=64):
     """
     groups, L, dtype = Bm.shape[1], x.shape[2], torch.promote_types(x.dtype, torch.float32)
     x, dt, Bm, Cm = (in_chunks(y.to(dtype), chunk) for y in (x, dt, Bm, Cm))
-    x, dt, Bm, Cm = (y.unflatten(2, (groups, -1)) for y in (x, dt, Bm, Cm))           # [m, B, G, H/G, C, ...]
+    x, dt, Bm, Cm = (y.unflatten(2, (groups, -1)) for y in (x, dt, Bm, Cm))   # [m, B, groups, heads, C, ...]
     G, decay = decays_within(dt * A.unflatten(0, (groups, -1))[..., None])
     x = dt[..., None] * x
     within = ((Cm @ Bm.mT) * decay) @ x                                     # what a chunk tells itself
