@@ -1994,7 +1994,7 @@ class TestExecutedKernel:
     @pytest.mark.parametrize("schedules", [range(8), pytest.param(range(8, 48), marks=SLOW)], ids=["8", "40"])
     @pytest.mark.parametrize("tp", [2, 4])
     def test_no_order_of_events_changes_a_bit_and_nothing_races(self, tp, schedules):
-        """Warps, or a whole multiprocessor, that fall behind; copies that land late; products that read late."""
+        """Warps, or a whole multiprocessor, that fall behind; copies and products that are late."""
         inputs, first, watchful = chip_inputs(1, 1, 130), None, executed(races=True)
         dice = torch.Generator().manual_seed(1)
         dout, *dlast = (torch.randn(x.shape, generator=dice) for x in (inputs[0], *inputs[6:]))
@@ -2007,7 +2007,7 @@ class TestExecutedKernel:
         assert not watchful.races, watchful.report()
 
     def test_two_defects_it_once_had_are_noticed(self, tmp_path):
-        """A wait of warps that send nothing, in the sum over a cluster: some orders deadlock, the report says where.
+        """A wait of warps that send nothing, in the sum over a cluster: some orders deadlock; it says where.
         Vectors at 4 mod 8 bytes (here with TP 4): read in pairs, they fault at once."""
         waits = "if (SHARE < 4 || i == 1) wait_peer(ring.empty[0], n % 2 ^ 1);"
         changed = hopper.KERNEL.read_text()
@@ -2040,14 +2040,16 @@ class TestExecutedKernel:
 
 
 HOPPER_CASES = [(1, 1, 192, 1, 4), (1, 1, 64, 16, 2), (2, 3, 449, 3, 2), (3, 5, 200, 3, 4),
-                (1, 48, 1024, 16, 2), (1, 48, 1000, 16, 4), (1, 2, 600 * 64 - 17, 16, 2), (2, 48, 321, 16, 2), (1, 4, 1, 16, 4)]
+                (1, 48, 1024, 16, 2), (1, 48, 1000, 16, 4), (1, 2, 600 * 64 - 17, 16, 2), (2, 48, 321, 16, 2),
+                (1, 4, 1, 16, 4)]
 
 
 
 def on_chip(inputs, every, tp, patch, dout, dlast):
     """Output, last weights and gradients by the kernel."""
     patch.setattr(kernels, "cluster_size", lambda heads: tp)
-    leaves = [x.to("cuda", torch.bfloat16) for x in inputs[:3]] + [x.to("cuda", torch.float32) for x in inputs[3:]]
+    leaves = [x.to("cuda", torch.bfloat16) for x in inputs[:3]]
+    leaves += [x.to("cuda", torch.float32) for x in inputs[3:]]
     leaves = [x.requires_grad_() for x in leaves]
     out, last = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend="cuda", checkpoint=every)
     directions = [dout.to(out), *(d.to(w) for d, w in zip(dlast, last))]

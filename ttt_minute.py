@@ -88,7 +88,7 @@ class Config:
     eta_mlp: float = 12.0           # eta_base of TTT-MLP
     eta_linear: float = 1.0         # eta_base of TTT-Linear
     ttt_std: float = 0.2            # standard deviation of the initial W1 and W2
-    ttt_proj_std: float = 0.09    # of the maps around the scan: 1/sqrt(D), as the paper's 0.02 is at D = 3072
+    ttt_proj_std: float = 0.09      # of the maps around the scan: 1/sqrt(D), the paper's 0.02 at D = 3072
     scan_checkpoint: int = 4        # the scan keeps W every so many mini-batches, for its backward pass
     gate_init: float = 0.3          # of the gates (eq 6): small, so that untrained layers disturb little
     backend: str = "auto"           # of ttt_scan: autograd, dual, primal, or one of appendix/kernels.py
@@ -1169,8 +1169,8 @@ def main():
     model = place(lambda: new_model(start, configs[todo[0]]) if todo else load_checkpoint(start))
     data, segments = args.data or args.out_dir / "pocket-world", stages[args.stage].segments
     # What the user named is looked at before any work.
-    pocket = dict(channels=16, height=8, width=12, text_len=40, text_dim=64)
-    if not args.data and (wrong := difference(pocket, dataclasses.asdict(config), pocket)):
+    sizes, pocket = "channels height width text_len text_dim".split(), dataclasses.asdict(Config())
+    if not args.data and (wrong := difference(pocket, dataclasses.asdict(config), sizes)):
         raise UserError(f"the pocket world has {wrong}; other sizes need --data")
     runs = open_runs(data, segments, model.config, start) if args.data else None
     if is_first() and todo:
