@@ -46,7 +46,7 @@ from einops import rearrange
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 import dataset
 import sample
@@ -2147,13 +2147,15 @@ def source(request):
     return request.param
 
 
-def answer(name, old="", new=""):
-    """A function of assets/answers.md, or of sample.py; after an edit, the same with a mistake in it."""
+def answer(name, *edit):
+    """A function of assets/answers.md, or of sample.py; with an edit (old, new, ...) a mistake is in it."""
     head, *blocks = re.findall("```python\n(.*?)```", (ttt_minute.ASSETS / "answers.md").read_text(), re.S)
     found, space = [block for block in blocks if f"def {name}(" in block], dict(vars(sample))
     code = found[0] if found else inspect.getsource(space[name])
-    assert not old or code.count(old) == 1, f"{name} does not contain {old!r} once"
-    exec(head + (code.replace(old, new) if old else code), space)
+    for old, new in zip(edit[::2], edit[1::2]):
+        assert code.count(old) == 1, f"{name} does not contain {old!r} once"
+        code = code.replace(old, new)
+    exec(head + code, space)
     return space[name]
 
 
@@ -2190,7 +2192,9 @@ def judge(source, name, inputs, edits, right=None, look=lambda result: result, t
         pytest.fail(f"{name} is asked for {form(theirs)}; this returns {form(mine)}", pytrace=False)
     if not max(off := errors(look(mine), right)) < tolerance:
         hints = [hint for hint, result in wrong.items() if max(errors(look(mine), result)) < tolerance]
-        other = f"not right yet, in a way not known here: off by {', '.join(f'{error:.0e}' for error in off)}"
+        parts = [keystr(path) for path, _ in tree_flatten_with_path(look(mine))[0]]
+        where = ", ".join(f"result{part} by {error:.0e}" for part, error in zip(parts, off))
+        other = f"not right yet, in a way not known here; off is {where}"
         pytest.fail(f"{name}: {(hints or [other])[0]}", pytrace=False)
     return mine
 
@@ -2229,6 +2233,7 @@ def test_exercise_00_a_first_step(source):
         "W is the memory: a mini-batch goes on with what the one before has left": ("W = new", "pass"),
         "after the step, f knows these very tokens by heart": ("f, W, k_m, g", "f, new, k_m, g"),
         "f learns v - k, because what is read is k + LN(f(k))": ("- v_m", "- v_m - k_m"),
+        "what is read has k in it: all of it is compared with v": ("- v_m", "- (v_m - k_m)"),
         "there is a 1/2 in front of the square": ("0.5 * ", ""),
         "summed over channels, averaged over tokens only": (".sum(-1)", "")})
     strange = written(source, "first_step")(W, k.flip(1), *rest)
@@ -2250,6 +2255,7 @@ def test_exercise_01_the_gradient_through_layernorm(source):
         "a change that all channels share is undone: nothing of it may come back": ("p - mean(p)", "p"),
         "a change of scale is undone, so the gradient has no part along xh": (" - xh * mean(p * xh)", ""),
         "LayerNorm takes the mean away, as an RMS norm does not": ("centred = Z - mean(Z)", "centred = Z"),
+        "the variance is divided by F, not by F - 1": ("mean(centred ** 2)", "Z.var(-1, keepdim=True)"),
         "the chain rule passes through gamma on its way back, too": ("p = gamma * ", "p = "),
         "the loss has a 1/2 in front of the square": ("return r", "return 2 * r")}, right)
 
@@ -2270,6 +2276,7 @@ def test_exercise_02_a_dual_form_with_a_causal_mask(source):
         "every token still knows the whole mini-batch": (".tril()", ""),
         "b1, too, may not know later tokens": ("(scores + 1).tril()", "(scores.tril() + 1)"),
         "b1 takes steps as well as W1": (" + 1)", ")"),
+        "LN scales and shifts where q is read, too": ("gamma * nnf", "nnf", " + beta", ""),
         "a token has learned itself by the time it is read": (".tril()", ".tril(-1)"),
         "f learns the residual v - k": ("W, k, v,", "W, k, v + k,")}, torch.stack(right, dim=1))
 
@@ -2277,10 +2284,10 @@ def test_exercise_02_a_dual_form_with_a_causal_mask(source):
 def test_exercise_03_the_primal_form_with_momentum(source):
     """momentum_step(W, velocity, q, k, v, eta, gamma, beta, eps, mu) -> z, W, velocity
 
-    A mini-batch of TTT-MLP whose inner optimizer has momentum: velocity <- mu velocity + dl/dW, then W <- W -
-    velocity, then q is read. W and velocity are tuples of W1 [n, F, E], b1 [n, 1, E], W2 [n, E, F] and b2 [n,
-    1, F], mu is a number, the rest is as in exercise 2; GELU is the tanh approximation. Return the output [n,
-    b, F] and two tuples as given. No autograd; gradient_on_output and INNER["mlp"].gradient may be used.
+    A mini-batch of TTT-MLP whose inner optimizer has momentum: velocity <- mu velocity + dl/dW (it points
+    uphill), then W <- W - velocity, then q is read with the new W. W and velocity are tuples of W1 [n, F, E],
+    b1 [n, 1, E], W2 [n, E, F] and b2 [n, 1, F], mu is a number, the rest is as in exercise 2; GELU is the
+    tanh approximation. Return the output [n, b, F] and two tuples as given. No autograd; gradient_on_output and INNER["mlp"].gradient may be used.
     """
     W, q, k, v, eta, gamma, beta, eps = inner_step("mlp")
     velocity, leaves = tuple(0.1 * w.roll(1, dims=-1) for w in W), [w.clone().requires_grad_() for w in W]
@@ -2289,6 +2296,8 @@ def test_exercise_03_the_primal_form_with_momentum(source):
     new = [w - speed for w, speed in zip(W, speeds)]
     judge(source, "momentum_step", (W, velocity, q, k, v, eta, gamma, beta, eps, 0.7), {
         "the output reads the weights AFTER the step": ("new, q,", "W, q,"),
+        "the velocity points uphill, as dl/dW does, and W goes the other way": (
+            "speed + g for", "speed - g for", "w - speed", "w + speed"),
         "what is left of the old velocity still pushes": ("mu * speed + ", ""),
         "this averages; momentum adds the whole new gradient": ("speed + g ", "speed + (1 - mu) * g "),
         "GELU is the tanh approximation here, and so is its slope": ('"tanh"', '"none"'),
@@ -2320,13 +2329,14 @@ def test_exercise_05_who_sees_whom_inside_segments(source):
 
     Which token reads which in one local attention: bool [L, L], True where token i (row) reads token j
     (column), tokens as stored, `text` and `frame` as in exercise 4. Segment i attends over its own text and
-    its latent frames FRAMES i .. FRAMES (i + 1), both included; all these read each other.
+    its latent frames FRAMES i .. FRAMES (i + 1), the last included; all these read each other.
     """
     layout, attention = Layout(3, 2, (3 * FRAMES + 1, 1, 1)), LocalAttention(TINY)
     x = torch.randn(1, layout.tokens, TINY.dim)
     jacobian = torch.autograd.functional.jacobian(lambda x: attention(x, layout).sum((0, 2)), x)
     judge(source, "segment_mask", (3, 2, 1), {
         "neighbours share a latent frame": ("video >= FRAMES * i", "video > FRAMES * i - 0 ** i"),
+        "a segment ends with the frame that the next one begins with": ("<= FRAMES", "< FRAMES"),
         "attention inside a segment is not causal": (".bool()", ".bool().tril()"),
         "a text is read in its own segment only": (".bool()", ".bool() | (torch.arange(len(owns[0])) < 6)"),
         "segments that share nothing do not see each other": (".bool()", ".bool() | True")},
@@ -2360,7 +2370,8 @@ def test_exercise_07_a_ddim_step_from_a_noise_prediction(source):
 
     Our network predicts v, many others the noise. Take a DDIM step with one of those: x = sqrt(alpha_bar) x_0
     + sqrt(1 - alpha_bar) noise; x and the predicted noise are given, of any shape, alpha_bar and next_bar as
-    tensors []. Return where the same x_0 and the same noise lead at next_bar, and the v that says the same.
+    tensors []. Return where the same x_0 and the same noise lead at next_bar, and the v that our network
+    would have said at x, so at alpha_bar.
     """
     x_0, noise = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).double()
     bar, after = alphas_cumprod()[[600, 300]]
@@ -2371,6 +2382,8 @@ def test_exercise_07_a_ddim_step_from_a_noise_prediction(source):
         "without its noise, x is not x_0 yet": (" / a", ""),
         "a step ends at the NEXT noise level": ("root(next_bar), root(1 - next_bar)", "a, s"),
         "the noise goes along: DDIM keeps its direction": (" + next_s * noise", ""),
+        "v is asked for where x is, before the step": (
+            "a * noise - s * x_0", "next_a * noise - next_s * x_0"),
         "v grows with the noise and falls with the signal": ("a * noise - s * x_0", "s * x_0 - a * noise")},
         (after.sqrt() * x_0 + (1 - after).sqrt() * noise, v))
 
@@ -2380,13 +2393,15 @@ def test_exercise_08_a_gate_of_a_head(source):
 
     Eq 6 to 12 around any layer, with a gate for a head and not for a channel. x [B, L, H F], the channels of
     a head side by side; layer maps [B, L, H F] to the same; alpha and beta [H] are what tanh is taken of, for
-    the story forwards and then backwards, which x[:, order] is. Return [B, L, H F], tokens in the order of x.
+    the story forwards and then backwards, which x[:, order] is; order is any permutation, not its own
+    inverse. Return [B, L, H F], tokens in the order of x.
     """
     x, weight = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).double().split([14, 6])
     order, gates = torch.tensor([1, 0, 6, 5, 4, 2, 3]), torch.tensor([[0.5, -0.2], [-1.5, 0.7]]).double()
     layer = lambda x: (x @ weight).cumsum(1)                  # anything that is not the same backwards
     judge(source, "head_gates", (x.view(2, 7, 6), layer, order, *gates), {
         "what comes out of the reverse scan has to be put back in place": ("[:, order.argsort()]", ""),
+        "doing the same permutation twice does not undo it": (".argsort()", ""),
         "the reverse direction reads what the forward direction made": ("z[:, order]", "x[:, order]"),
         "a gate is squashed: near 0 for a small alpha, never beyond 1": (".tanh()", ""),
         "the channels of a head lie side by side and share its gate": ("repeat_interleave", "repeat"),
@@ -2403,6 +2418,8 @@ def test_exercise_09_how_large_a_mini_batch(source):
     """
     judge(source, "mini_batch_curve", ((8, 16, 32, 64), *learnable("mlp", 2, 32, torch.float32)), {
         "these weights have learned nothing yet": ("last, k, k, v, 0", "weights, k, k, v, 0"),
+        "while they are read the weights still learn: the error is that of the last ones, for all tokens": (
+            "_, last", "answer, last", "answer, _ =", "_ ="),
         "eta is for a whole mini-batch: each of its b tokens gets a share": ("eta / b", "eta"),
         "every size starts from the same weights": ("seconds = ", "weights = last; seconds = ")},
         look=lambda curve: torch.tensor([pair[0] for _, pair in sorted(curve.items())]), tolerance=1e-5)
@@ -2430,9 +2447,11 @@ def test_exercise_11_a_kernel_that_waits_for_ever(source, tmp_path):
     """without_a_wait(source) -> source, hanging
 
     Take one wait_full or wait_empty out of ttt_forward_kernel (source is the text of ttt_kernel.cu), so that
-    in some order of events it never ends. Return the new text, and on whose Ring each role waits then: a dict
-    with the keys "producer", "learner", "reader" and values such as "kv" for s.kv. appendix/hopper.py runs it
-    without a GPU, here with two multiprocessors a head, five mini-batches and three orders of events.
+    all three roles wait for ever although none of them is slow: already while the learners load their first
+    W. Return the new text, and on whose Ring each role then waits (all three do): a dict with the keys
+    "producer", "learner", "reader" and values such as "kv" for s.kv. appendix/hopper.py runs it without a GPU
+    (20 to 50 seconds a try), here with two multiprocessors a head, five mini-batches and three orders of
+    events.
     """
     hopper = pytest.importorskip("appendix.hopper", reason="appendix/hopper.py is not there")
     if not shutil.which("nvcc") or not os.environ.get("THUNDERKITTENS_ROOT"):
@@ -2453,7 +2472,8 @@ def test_exercise_11_a_kernel_that_waits_for_ever(source, tmp_path):
 
     judge(source, "without_a_wait", (text,), {
         "that is a signal: without it others wait for ever, as they should": ("wait_empty", "signal_empty"),
-        "it ends: this wait keeps a tile from being overwritten too soon": ("s.kv", "s.asked"),
+        "it ends in the orders tried here: which role can run two rounds ahead at the very start?": (
+            "s.kv", "s.asked"),
         "it hangs, but elsewhere: what does hopper.py say?": ('"learner": "kv"', '"learner": "state"')},
         torch.ones(3), look)
 
@@ -2464,8 +2484,10 @@ def test_exercise_12_how_many_votes_are_a_difference(source):
     People saw pairs of videos, and preferred layer i to layer j wins[i, j] times (float64 [n, n]), by Bradley
     and Terry with probability 1 / (1 + 10^((score_j - score_i) / 400)). elo: the scores [n] of largest
     likelihood whose mean is 1000. elo_errors: their standard deviation [n] if the votes on each pair are
-    drawn again, as many, with replacement, `resamples` times. votes_needed: how many votes on one pair put
-    the share to expect two of its standard errors from 1/2; an int, rounded up.
+    drawn again, as many, with replacement, `resamples` times (as many on the average, as by Poisson's
+    numbers, will do). votes_needed: for two scores, that of the better and that of the worse layer, how many
+    votes on their pair put the share to expect, p, two standard errors sqrt(p (1 - p) / votes) from 1/2; an
+    int, rounded up.
     """
     wins = torch.tensor([[0, 70, 40, 9], [30, 0, 33, 70], [8, 27, 0, 61], [1, 20, 39, 0]]).double()
     judge(source, "elo", (wins,), {
@@ -2478,6 +2500,7 @@ def test_exercise_12_how_many_votes_are_a_difference(source):
         "one standard deviation, not an interval of 95%": (".std(0)", ".std(0) * 1.96")}, tolerance=0.1)
     judge(source, "votes_needed", (1033, 999), {
         "two standard errors": ("4 * p", "p"),
+        "the standard error is that of the share to expect, p, and not of 1/2": ("4 * p * (1 - p)", "1"),
         "the odds are a power of 10": ("10 **", "math.e **"),
         "an error falls with the root of the votes": ("/ apart ** 2", "** 0.5 / apart")})
 
