@@ -103,11 +103,14 @@ def scan_gradients(kind, weights, inputs, backend, mini_batch=8, checkpoint=2):
     leaves = [x.detach().clone().requires_grad_() for x in (*weights, *inputs)]
     own, tokens = leaves[:len(weights)], leaves[len(weights):]
     out, last = ttt_scan(kind, own, *tokens, mini_batch, backend=backend, checkpoint=checkpoint)
-    loss = sum((y * normals(y.dtype)(*y.shape).to(y.device)).sum() for y in (out, *last))
+    loss = sum((y * normals(torch.bfloat16)(*y.shape).to(y)).sum() for y in (out, *last))
+    return dict(zip(result_names(weights), (out, *last, *torch.autograd.grad(loss, leaves))))
+
+
+def result_names(weights):
     names = ["W1", "b1", "W2", "b2"][:len(weights)]
-    every = ["out", *(f"last {name}" for name in names)]
-    every += [f"d {name}" for name in (*names, "q", "k", "v", "eta", "ln_gamma", "ln_beta")]
-    return dict(zip(every, (out, *last, *torch.autograd.grad(loss, leaves))))
+    gradients = [*names, "q", "k", "v", "eta", "ln_gamma", "ln_beta"]
+    return ["out", *(f"last {name}" for name in names), *(f"d {name}" for name in gradients)]
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -168,16 +171,6 @@ def test_the_state_stays_in_fp32_when_the_inputs_are_bf16():
         weights, inputs = scan_inputs("mlp", dtype=torch.bfloat16)
         out, last = ttt_scan("mlp", weights, *inputs, 8, backend=backend)
         assert out.dtype == torch.bfloat16 and {w.dtype for w in last} == {torch.float32}
-
-
-def test_a_video_is_sampled_alike_with_every_backend():
-    """One video, without gradients outside: the definition still needs those inside."""
-    text, videos = random_latents(TINY, 1)[1], []
-    for backend in "autograd", "dual", "primal", "torch":
-        torch.manual_seed(0)
-        model = DiT(dataclasses.replace(TINY, backend=backend))
-        videos.append(ttt_minute.generate(model, text[0], steps=2))
-    assert all(relative(video, videos[0]) < 1e-4 for video in videos[1:])
 
 
 def test_the_inner_loop_learns_what_it_is_shown():
@@ -258,19 +251,6 @@ def test_rope_counts_along_the_order_given_and_leaves_text_alone():
     for order in layout, layout.reverse():
         table, video = scan_rope(order, 16, CPU), scan_order(order, CPU) >= layout.text_tokens
         assert torch.equal(table[video], rope_table(layout.grid, 16, CPU)) and (table[~video] == 1).all()
-
-
-def test_rope_depends_on_the_distance_only():
-    """Turned q and k of tokens the same (t, h, w) step apart have the same product."""
-    q, k = torch.randn(2, 32, dtype=torch.float64)
-    table = rope_table((5, 4, 3), 32, CPU)
-    turned_q, turned_k = (rotate(x.expand(60, 32), table).reshape(5, 4, 3, 32) for x in (q, k))
-    product = (turned_q[1:, 2:, 1:] * turned_k[:-1, :-2, :-1]).sum(-1)
-    assert torch.allclose(product, product[0, 0, 0].expand_as(product), atol=1e-5)
-    widths, position = (8, 12, 12), (2, 3, 1)
-    angle = torch.cat([n / 10000 ** (torch.arange(0, F, 2) / F) for n, F in zip(position, widths)])
-    expected = torch.complex(q[0::2], q[1::2]) * torch.polar(torch.ones(16), angle)
-    assert torch.allclose(turned_q[position], torch.view_as_real(expected).flatten(), atol=1e-5)
 
 
 @pytest.mark.parametrize("segments", [1, 3])
@@ -453,31 +433,6 @@ def test_the_backward_direction_is_the_same_layer_on_the_reversed_story():
     expected = x.clone()
     expected[:, order] += math.tanh(0.1) * both.layer(x[:, order], layout.reverse())
     assert torch.allclose(both(x, layout, layout.text_tokens), expected, atol=1e-6)
-
-
-def test_adaln_scales_shifts_and_gates_text_and_video_apart():
-    """Six vectors in the order shift, scale, gate for video, then for text: y = LN(x) (1 + scale) + shift."""
-    adaln, x = ttt_minute.AdaLN(TINY), torch.randn(1, small_layout().tokens, TINY.dim)
-    adaln.linear.weight.data.zero_()
-    adaln.linear.bias.data = torch.arange(1.0, 7.0).repeat_interleave(TINY.dim)
-    y, gate = adaln(x, torch.zeros(1, TINY.time_dim), 3)
-    normal = nnf.layer_norm(x, (TINY.dim,), eps=1e-5)
-    assert torch.allclose(y[:, 3:], normal[:, 3:] * 3 + 1, atol=1e-5) and (gate[:, 3:] == 3).all()
-    assert torch.allclose(y[:, :3], normal[:, :3] * 6 + 4, atol=1e-5) and (gate[:, :3] == 6).all()
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_in_mixed_precision_as_on_a_gpu_loss_and_gradients_stay_close(layer):
-    torch.manual_seed(0)
-    model, gradients = DiT(dataclasses.replace(TINY, layer=layer)), []
-    latents, text = random_latents(TINY, 2)
-    for mixed in False, True:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = diffusion_loss(model, latents, text, torch.tensor([500]), -latents)
-        loss.backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert relative(gradients[1], gradients[0]) < 0.05
 
 
 # CogVideoX, against diffusers (section 4.1) -------------------------------------------------------------
@@ -909,13 +864,6 @@ def test_no_import_runs_in_a_circle_and_the_essay_needs_no_appendix():
     assert not graph
 
 
-@pytest.mark.parametrize("flag", ["--recompute", pytest.param("--compile", marks=SLOW)])
-def test_recomputing_and_compiling_change_nothing_but_time_and_memory(flag, trained, to_3s, tmp_path):
-    assert run(ttt_minute, *to_3s, "--eta_mlp", 11, flag) == 0
-    expected = weights_of(trained)
-    assert all(relative(x, expected[name]) < 1e-4 for name, x in weights_of(tmp_path).items())
-
-
 def test_a_stage_never_starts_over_a_trained_one_or_another_run(trained, world, tmp_path, capsys):
     flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL, "--eta_mlp", 11]
     start = "--init_from", trained / "pocket-local/pretrain/model.safetensors"
@@ -998,21 +946,6 @@ def test_nan_stops_the_run_and_names_the_last_good_state(to_3s, tmp_path, monkey
     assert not (tmp_path / "pocket-ttt_mlp/3s/model.safetensors").exists()
 
 
-def test_a_stage_starts_from_weights_that_ship_if_they_fit(trained, world, tmp_path, monkeypatch, capsys):
-    """An exported stage in assets/ stands in for training it; one of another shape does not."""
-    monkeypatch.setattr(ttt_minute, "ASSETS", tmp_path / "assets")
-    export = tmp_path / "assets" / "pocket-local-pretrain.safetensors"
-    flags = ["--stage", "pretrain", "--layer", "local", "--out_dir", trained, "--export", export]
-    assert run(sample, *flags) == 0
-    assert {tensor.dtype for tensor in load_file(export).values()} == {torch.float16}
-    flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path / "out", "--dry_run", *SMALL]
-    for more, fits in ((), True), (("--depth", 2), False):
-        capsys.readouterr()
-        assert run(ttt_minute, *flags, *more) == 0
-        plan = capsys.readouterr().out
-        assert (str(export) in plan) == fits == ("\npretrain " not in plan)
-
-
 def test_a_storyboard_becomes_a_video_of_its_own_length(trained, tmp_path):
     story, video = tmp_path / "story.txt", tmp_path / "video.mp4"
     story.write_text(dataset.storyboard_text(dataset.episode(dataset.TEST_SEEDS, 2)))
@@ -1066,13 +999,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, world, tmp_path, cap
     refused(capsys, str(path), ttt_minute, *flags)
     path.write_bytes(good.read_bytes()[:5000])
     refused(capsys, str(path), ttt_minute, *flags)
-
-
-def test_a_reader_that_has_seen_enough_is_no_error():                # ... | head
-    command = [sys.executable, HERE / "dataset.py", "--storyboard", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait() == 0
 
 
 # Many devices: processes that talk through gloo on the CPU (appendix/devices.py) ------------------------
@@ -1394,24 +1320,6 @@ def test_a_video_that_cannot_be_used_is_named_and_the_others_are_kept(scenes, me
     assert re.search(message, error) and "film.mp4" in error and len(runs) == 1
 
 
-def test_videos_with_unusual_names_are_read_and_broken_ones_are_named(tmp_path):
-    """What ffmpeg would take for a protocol, an accent written in two ways, a name as long as can be; a link
-    to nothing, a name that is not UTF-8, bytes that are no video."""
-    videos = tmp_path / "videos"
-    for name in "e01:pilot", "n" * 240, unicodedata.normalize("NFD", "café"):
-        path = film(videos, name, SECONDS + 1, ONE)
-    path.with_suffix(".json").rename(videos / unicodedata.normalize("NFC", "café.json"))
-    (videos / "link.mp4").symlink_to(tmp_path / "nothing")
-    for name in b"noise", b"\xff":
-        for suffix, content in (b".mp4", "not a video" * 100), (b".json", json.dumps(ONE)):
-            try:
-                Path(os.fsdecode(bytes(videos) + b"/" + name + suffix)).write_text(content)
-            except OSError:
-                assert name != b"noise"                       # some disks have no such names
-    runs, error = ingest(tmp_path)
-    assert len(runs) == 3 and "link.mp4" in error and "noise.mp4" in error
-
-
 def test_nothing_is_kept_of_what_could_not_be_encoded_or_written_and_a_rerun_heals_it(tmp_path, monkeypatch):
     """T5 in fp16 overflows, a disk is full: the video is named, the others stay, no half file is left."""
     class Overflow(dataset.PocketText):
@@ -1440,34 +1348,6 @@ def test_a_folder_of_somebody_elses_files_is_not_written_to(tmp_path):
         with pytest.raises(UserError, match="--out"):
             dataset.ingest(tmp_path / "videos", tmp_path / out, Plain(), dataset.PocketText())
         assert json.loads((tmp_path / out / "index.json").read_text()) == ONE
-
-
-def test_without_libx264_another_encoder_writes_videos_and_without_ffmpeg_none(tmp_path, monkeypatch):
-    import imageio_ffmpeg
-    frames, start = np.zeros((5, 64, 96, 3), np.uint8), subprocess.run
-    lacking = lambda command, **options: start(["false"] if "libx264" in command else command, **options)
-    monkeypatch.setattr(dataset.subprocess, "run", lacking)
-    dataset.write_video(tmp_path / "a.mp4", frames)
-    assert frames_of(tmp_path / "a.mp4") == 5
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: 1 / 0)
-    with pytest.raises(UserError, match="ffmpeg"):
-        dataset.write_video(tmp_path / "b.mp4", frames)
-
-
-def test_a_contact_sheet_leaves_out_what_its_font_cannot_draw():
-    frames = np.zeros((SEGMENT + 1, 64, 96, 3), np.uint8)
-    boards = [[dataset.Segment(text, None, 0)] for text in ("Mia", "米娅在厨房里", "")]
-    drawn, unknown, blank = (np.asarray(dataset.contact_sheet(frames, board)) for board in boards)
-    assert not np.array_equal(drawn, blank) and np.array_equal(unknown, blank)
-
-
-def test_a_damaged_folder_of_latents_is_named(world, tmp_path):
-    for path in world.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes()[:20_000])
-    for folder, segments, sentence in [(tmp_path / "none", 1, "index.json"), (world, 7, "7 segments.* 6"),
-                                       (tmp_path, 1, "episode-0000000.safetensors")]:
-        with pytest.raises(UserError, match=sentence):
-            dataset.Runs(folder, segments)
 
 
 # Evaluation: four axes, measured in pixels (section 4.2), and memory in the loss ------------------------
@@ -1572,9 +1452,6 @@ def test_layers_are_compared_and_one_without_weights_is_named(trained, capsys, m
 
 # Kernels (section 3.5): output, last state and every gradient by name, against float64 ------------------
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-
-
 @pytest.fixture(scope="session")
 def interpreter():
     """Runs functions of this file in a process where Triton interprets its kernels on the CPU."""
@@ -1587,47 +1464,29 @@ def interpreter():
     pool.shutdown()
 
 
-class RoundedProducts(TorchDispatchMode):
-    """Rounds the operands of matrix products, as a path in `dtype` with sums and state in fp32 does."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        first = {aten.baddbmm.default: 1, aten.baddbmm_.default: 1, aten.bmm.default: 0}.get(op, len(args))
-        rounded = [x.to(self.dtype).to(x.dtype) for x in args[first:]]
-        return op(*args[:first], *rounded, **(kwargs or {}))
-
-
-def kernel_inputs(kind, dtype, width, mini_batch, L, B, H, device):
+def kernel_inputs(kind, dtype, width, mini_batch, L, B, H, device="cpu", std=0.1, eta=None):
     """Already rounded to dtype, so that float64 sees the same numbers; q as the layer hands it over, [B, L,
     H, F] in memory."""
-    weights, inputs = scan_inputs(kind, B=B, H=H, L=L, width=width, std=0.1, eta=1 / mini_batch)
+    weights, inputs = scan_inputs(kind, B, H, L, width, std=std, eta=eta or 1 / mini_batch)
     tokens = [x.to(dtype).to(device) for x in inputs[:4]]
     tokens[0] = tokens[0].transpose(1, 2).contiguous().transpose(1, 2)
     return [w.float().to(device) for w in weights], [*tokens, *(x.float().to(device) for x in inputs[4:])]
 
 
-def kernel_errors(backend, kind, dtype, width, mini_batch, L, checkpoint, B=1, H=2, device="cpu"):
-    """Relative error of a kernel, and of the torch path with operands of the same precision, by name."""
-    weights, inputs = kernel_inputs(kind, dtype, width, mini_batch, L, B, H, device)
+def kernel_errors(kind, weights, inputs, mini_batch, scan):
+    """Errors by name of a scan(weights, inputs), which returns what scan_gradients does, against float64:
+    relative to what is added to q, to how far W moves, to the gradient."""
     exact = [w.double() for w in weights], [x.double() for x in inputs]
-    truth = scan_gradients(kind, *exact, "torch", mini_batch, checkpoint)
-    ours = scan_gradients(kind, weights, inputs, backend, mini_batch, checkpoint)
-    with RoundedProducts(dtype):
-        torchs = scan_gradients(kind, weights, inputs, "torch", mini_batch, checkpoint)
-    error = lambda found, name: relative(found[name].double(), truth[name])
-    return {name: (error(ours, name), error(torchs, name)) for name in truth}
+    truth, found = scan_gradients(kind, *exact, "torch", mini_batch), scan(weights, inputs)
+    first = dict(zip(truth, (exact[1][0], *exact[0])))
+    return {name: relative(found[name].double() - first.get(name, 0), true - first.get(name, 0))
+            for name, true in truth.items()}
 
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-2}       # the interpreter cuts to bf16, without rounding
-
-
-def check_kernel(interpreter, *case, **sizes):
-    for name, (error, _) in interpreter(kernel_errors, "triton", *case, **sizes).items():
-        assert error < TOLERANCE[case[1]], (name, error)
+def triton_errors(kind, dtype, width, mini_batch, L, checkpoint, *sizes):
+    inputs = kernel_inputs(kind, dtype, width, mini_batch, L, *sizes)
+    scan = lambda *inputs: scan_gradients(kind, *inputs, "triton", mini_batch, checkpoint)
+    return kernel_errors(kind, *inputs, mini_batch, scan)
 
 
 @pytest.mark.parametrize("kind, dtype, width, mini_batch, L, checkpoint, B", [
@@ -1637,17 +1496,9 @@ def check_kernel(interpreter, *case, **sizes):
     ("mlp", torch.float32, 64, 64, 70, 1, 1), ("mlp", torch.bfloat16, 64, 16, 20, 16, 1),
     ("mlp", torch.bfloat16, 32, 32, 70, 1, 1)])
 def test_the_triton_kernels_agree_with_float64(interpreter, kind, dtype, width, mini_batch, L, checkpoint, B):
-    check_kernel(interpreter, kind, dtype, width, mini_batch, L, checkpoint, B=B)
-
-
-@SLOW
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("width", [32, 64])
-@pytest.mark.parametrize("mini_batch", [16, 32, 64])
-@pytest.mark.parametrize("checkpoint", [1, 3, 16])
-def test_the_triton_kernels_agree_everywhere(interpreter, kind, dtype, width, mini_batch, checkpoint):
-    check_kernel(interpreter, kind, dtype, width, mini_batch, 4 * mini_batch + 5, checkpoint, B=2)
+    """The interpreter cuts to bf16, without rounding."""
+    errors = interpreter(triton_errors, kind, dtype, width, mini_batch, L, checkpoint, B, 2)
+    assert max(errors.values()) < (4e-2 if dtype == torch.bfloat16 else 4e-6), errors
 
 
 def in_pieces():
@@ -1669,45 +1520,6 @@ def in_pieces():
 
 def test_triton_gradients_flow_through_either_result_and_weights_may_differ_by_video(interpreter):
     assert interpreter(in_pieces) < 1e-5
-
-
-def one_operation():
-    """opcheck, and activation checkpointing around the scan."""
-    weights, inputs = kernel_inputs("linear", torch.float32, 32, 16, 20, 1, 2, "cpu")
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    state = [w[None].clone().requires_grad_() for w in weights]
-    torch.library.opcheck(kernels.scan_op, (state, *leaves, 16, 1e-8, 2, "fp32"))
-    gradients = []
-
-    def scan(*tensors):
-        return ttt_scan("linear", tensors[:2], *tensors[2:], 16, backend="triton")[0].square().sum()
-
-    for call in scan, functools.partial(torch.utils.checkpoint.checkpoint, scan, use_reentrant=False):
-        leaves = [x.clone().requires_grad_() for x in (*weights, *inputs)]
-        gradients.append(torch.autograd.grad(call(*leaves), leaves))
-    return all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_to_the_compiler_and_to_checkpointing_the_scan_is_one_operation(interpreter):
-    assert interpreter(one_operation)
-
-
-def trusted(factor):
-    """What "auto" would think of Triton here, if gradients on its step sizes were wrong by this factor."""
-    scan = kernels.scan_by_kernel
-
-    def wrong(how, W, q, k, v, eta, *rest):
-        return scan(how, W, q, k, v, eta + factor * (eta - eta.detach()), *rest)
-
-    kernels.agrees.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "scan_by_kernel", wrong)
-        return kernels.agrees(ttt_minute.scan_in_torch, "linear", 32, 16, "fp32", CPU)
-
-
-def test_auto_trusts_a_kernel_only_after_it_agreed_with_torch_on_this_machine(interpreter):
-    assert interpreter(trusted, 0.0) and not interpreter(trusted, 0.02)
 
 
 @pytest.mark.parametrize("backend, sentence",
@@ -1752,214 +1564,31 @@ def test_the_triton_kernels_compile_for_chips_that_need_not_be_here(kernel, chip
     assert spilled <= SPILLED[kernel, kind] and shared <= SHARED_KB[chip], (spilled, shared)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("backend", [pytest.param("triton", marks=gpu)])
-def test_on_a_gpu_a_kernel_errs_no_more_than_twice_the_torch_path(backend, kind):
+def test_on_a_gpu_triton_errs_no_more_than_twice_torch_with_operands_in_bf16(kind):
     for width, mini_batch, L, checkpoint in (64, 64, 1000, 16), (64, 16, 333, 3), (32, 32, 100, 1):
-        case = backend, kind, torch.bfloat16, width, mini_batch, L, checkpoint
-        for name, (error, torchs) in kernel_errors(*case, B=2, H=3, device="cuda").items():
-            assert error < 2 * torchs + 1e-5, (width, mini_batch, name)
+        errors = triton_errors(kind, torch.bfloat16, width, mini_batch, L, checkpoint, 2, 3, "cuda")
+        assert max(errors.values()) < 9e-3, errors                # torch's: up to 4.3e-3
 
 
-# ----------------------------------------------------------------------------------------------------
-# ttt_kernel.cu: its algorithm and rounding in torch; the kernel itself, executed on a CPU, where nvcc is
-# ----------------------------------------------------------------------------------------------------
+# ttt_kernel.cu (section 3.5), executed on a CPU where nvcc is (appendix/hopper.py), and on Hopper GPUs ---
 
 
-def bf16(x):
-    """What a matrix product on tensor cores reads."""
-    return x.to(torch.bfloat16).to(x.dtype)
+def chip_inputs(B, H, L, device="cpu"):
+    """In the paper's regime: first W of 0.02, eta_base 0.1."""
+    return kernel_inputs("mlp", torch.bfloat16, 64, 64, L, B, H, device, 0.02, 0.1 / (64 * 64))
 
 
-class Emulated:
-    """ttt_kernel.cu in torch: state, statistics and sums in fp32, operands of products bf16, E over tp shards.
-
-    `rounded=False` in float64 leaves the algorithm alone: it must then be exact, rewinding included.
-    """
-
-    def __init__(self, q, k, v, eta, gamma, beta, W1, b1, W2, b2, eps, every, tp, rounded=True,
-                 dtype=torch.float32):
-        self.tp, self.every, self.eps, self.R = tp, every, eps, bf16 if rounded else (lambda x: x)
-        B, H, self.L, _ = q.shape
-        self.videos, W = B, (W1, b1[:, :, None], W2, b2[:, :, None])
-        self.first = [x.to(dtype).flatten(0, 1) for x in W]
-        self.q, self.k, self.v, self.eta = (self.cut(x.to(dtype)) for x in (q, k, v, eta[..., None]))
-        self.gamma, self.beta = (x.to(dtype)[:, None].repeat(B, 1, 1) for x in (gamma, beta))
-
-    def cut(self, x):
-        """[B, H, L, .] -> [M, B H, 64, .]; what lies behind the end reads as zeros, as TMA fills it in."""
-        return rearrange(nnf.pad(x, (0, 0, 0, -self.L % 64)), "B H (M b) F -> M (B H) b F", b=64)
-
-    def join(self, x):
-        return rearrange(x, "M (B H) b F -> B H (M b) F", B=self.videos)[:, :, :self.L]
-
-    def shards(self, *pairs):
-        """The sum over the cluster: every shard adds its own products, then shards are added in pairs."""
-        own = lambda rank: [x.chunk(self.tp, dim=-1)[rank] @ w.chunk(self.tp, dim=-2)[rank] for x, w in pairs]
-        parts = [sum(own(rank)) for rank in range(self.tp)]
-        while len(parts) > 1:
-            parts = [one + two for one, two in zip(parts[::2], parts[1::2])]
-        return parts[0]
-
-    def normalise(self, Z):
-        Z = Z - Z.mean(-1, keepdim=True)
-        r = torch.rsqrt(Z.square().mean(-1, keepdim=True) + self.eps)
-        return Z * r, r
-
-    def learn(self, W, t):
-        """Steps 1 to 5 at mini-batch t: the new W, and what a backward pass saves (D1 = -G1, D2 = -G2)."""
-        R, (W1, b1, W2, b2), k = self.R, W, self.k[t]
-        X2, slope, _ = kernels.gelu_derivatives(k @ R(W1) + b1, order=2)
-        X2, slope = R(X2), R(slope)
-        Z2 = self.shards((X2, R(W2))) + b2
-        xh, r = self.normalise(Z2)
-        p = self.gamma * (self.gamma * xh + self.beta - (self.v[t] - k))
-        D2 = -self.eta[t] * r * (p - p.mean(-1, keepdim=True) - xh * (p * xh).mean(-1, keepdim=True))
-        D1 = (R(D2) @ R(W2).mT) * slope
-        new = (W1 + k.mT @ R(D1), b1 + D1.sum(-2, keepdim=True),
-               W2 + X2.mT @ R(D2), b2 + D2.sum(-2, keepdim=True))
-        return new, (X2, R(D1), R(D2), xh, r)
-
-    def read(self, W, t):
-        R, (W1, b1, W2, b2) = self.R, W
-        X2 = R(nnf.gelu(self.q[t] @ R(W1) + b1, approximate="tanh"))
-        xh, _ = self.normalise(self.shards((X2, R(W2))) + b2)
-        return R(self.q[t] + self.gamma * xh + self.beta)
-
-    def forward(self):
-        W, out, self.kept = self.first, [], []
-        for t in range(len(self.q)):
-            if t % self.every == 0:
-                self.kept.append(W)
-            W, _ = self.learn(W, t)
-            out.append(self.read(W, t))
-        return self.join(torch.stack(out)), [w.reshape(self.videos, -1, *w.shape[1:]) for w in W]
-
-    def backward(self, dout, dW):
-        """Gradients of q, k, v, eta, gamma, beta (by video) and the first W, by replaying and rewinding each
-        group; `drift` is how far a rewound W is from the one it was."""
-        R, gamma, mean = self.R, self.gamma, lambda x: x.mean(-1, keepdim=True)
-        D = self.cut(dout.to(self.q.dtype))
-        dq, dk, dv, deta = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.eta))
-        dgamma, dbeta = torch.zeros_like(gamma), torch.zeros_like(gamma)
-        d1, c1, d2, c2 = (x.to(self.q.dtype).reshape(w.shape).clone() for x, w in zip(dW, self.first))
-        over = lambda x: x.sum(-2, keepdim=True)
-        self.drift = 0
-        for start in reversed(range(0, len(self.q), self.every)):
-            W, saved, biases = self.kept[start // self.every], {}, {}
-            steps = range(start, min(start + self.every, len(self.q)))
-            for t in steps:
-                biases[t] = W[1], W[3]
-                W, saved[t] = self.learn(W, t)
-            for t in reversed(steps):
-                X2, D1, D2, xh, r = saved[t]
-                k, q, eta = self.k[t], self.q[t], self.eta[t]
-                W1, b1, W2, b2 = W
-                # 1-4: the output branch, at the updated W
-                Xb, slope, _ = kernels.gelu_derivatives(q @ R(W1) + b1, order=2)
-                Xb, slope = R(Xb), R(slope)
-                xhb, rb = self.normalise(self.shards((Xb, R(W2))) + b2)
-                dgamma, dbeta, p = dgamma + over(D[t] * xhb), dbeta + over(D[t]), D[t] * gamma
-                U2 = rb * (p - mean(p) - xhb * mean(p * xhb))
-                U1 = (R(U2) @ R(W2).mT) * slope
-                d1, c1 = d1 + q.mT @ R(U1), c1 + over(U1)
-                d2, c2 = d2 + Xb.mT @ R(U2), c2 + over(U2)
-                dq[t] = D[t] + self.shards((R(U1), R(W1).mT))
-                # 5: rewind
-                W1, W2, (b1, b2) = W1 - k.mT @ D1, W2 - X2.mT @ D2, biases[t]
-                W = W1, b1, W2, b2
-                # 6: through the update and the inner gradient
-                _, slope, bend = kernels.gelu_derivatives(k @ R(W1) + b1, order=2)
-                slope, bend = R(slope), R((D2 @ R(W2).mT) * R(bend))
-                A1 = k @ R(d1) + c1
-                N, Z1 = R(A1 * slope), R(A1 * bend)
-                # 7: the second order of the LayerNorm
-                dG = -(self.shards((X2, R(d2)), (N, R(W2))) + c2)
-                e = gamma * xh + self.beta - (self.v[t] - k)
-                p = gamma * e
-                s = mean(p * xh)
-                G = r * (p - mean(p) - xh * s)
-                deta[t], U = (dG * G).sum(-1, keepdim=True), eta * dG
-                u, along = mean(U * xh), mean(U * G)
-                w = r * (U - mean(U) - xh * u)
-                h = gamma * gamma * w
-                dZ2 = r * (h - mean(h) - xh * mean(h * xh) - s * w - u * G - xh * along)
-                dgamma, dbeta = dgamma + over(w * (e + gamma * xh)), dbeta + over(gamma * w)
-                dv[t] = R(-gamma * w)
-                # 8, 9: through the first forward pass
-                dZ1 = (D2 @ R(d2).mT + R(dZ2) @ R(W2).mT) * slope + Z1
-                dk[t] = self.shards((D1, R(d1).mT), (R(dZ1), R(W1).mT)) - dv[t]
-                d1, c1 = d1 + k.mT @ R(dZ1), c1 + over(dZ1)
-                d2, c2 = d2 + N.mT @ D2 + X2.mT @ R(dZ2), c2 + over(dZ2)
-            old = self.kept[start // self.every]
-            self.drift = max(self.drift, *(relative(w, o) for w, o in zip(W, old) if w.shape[-2] > 1))
-        by_video = lambda x, shape: rearrange(x, "(B H) a b -> B H a b", B=self.videos).reshape(shape)
-        return [self.join(R(dq)), self.join(R(dk)), self.join(dv), self.join(deta)[..., 0],
-                *(by_video(x, (self.videos, -1, x.shape[-1])) for x in (dgamma, dbeta)),
-                *(by_video(x, w.shape) for x, w in zip((d1, c1, d2, c2), dW))]
+def chip_arguments(weights, inputs):
+    return [*inputs, *(w.expand(len(inputs[0]), *w.shape) for w in weights)]
 
 
-def chip_inputs(B, H, L, std=0.02, eta_base=0.1, seed=0):
-    """What TTT feeds the scan, as the kernel reads it: q, k, v in bf16, all else in fp32; here in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    W = [std * normal(B, H, 64, 256), std / 10 * normal(B, H, 256)]
-    W += [std * normal(B, H, 256, 64), std / 10 * normal(B, H, 64)]
-    q, k = (bf16(nnf.normalize(normal(B, H, L, 64), dim=-1)) for _ in "qk")
-    v = bf16(k + nnf.layer_norm(normal(B, H, L, 64), (64,)))
-    eta = eta_base * torch.sigmoid(normal(B, H, L) / 2) / (64 * 64)
-    return [q, k, v, *(x.float().double() for x in (eta, 1 + 0.1 * normal(H, 64), 0.1 * normal(H, 64), *W))]
-
-
-KERNEL_NAMES = ["q", "k", "v", "eta", "ln_gamma", "ln_beta", "W1", "b1", "W2", "b2"]
-
-
-def kernel_truth(inputs, backend="dual"):
-    """The naive dual form in float64: output, last weights, gradients of a loss on both, and its own."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out, last = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    dice = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-    dout, *dlast = [bf16(dice(x.shape)) for x in (out, *last)]
-    gradients = torch.autograd.grad([out, *last], leaves, [dout, *dlast])
-    return out.detach(), [w.detach() for w in last], gradients, dout, dlast
-
-
-def chip_errors(inputs, out, last, gradients, truth):
-    """Relative errors by name: of what the scan adds to q, of how far W moved, of every gradient."""
-    true_out, true_last, true_gradients, *_ = truth
-    errors = {"out": relative(out.double() - inputs[0], true_out - inputs[0])}
-    errors |= {f"moved {name}": relative(w.double().reshape(x.shape) - x, t - x)
-               for name, w, t, x in zip(KERNEL_NAMES[6:], last, true_last, inputs[6:])}
-    return errors | {f"d {name}": relative(g.double().sum(0) if g.ndim > t.ndim else g.double(), t)
-                     for name, g, t in zip(KERNEL_NAMES, gradients, true_gradients)}
-
-
-def assert_within_gates(errors):
-    for name, error in errors.items():
+def assert_within_gates(weights, inputs, scan):
+    """Output and change of W 5e-3, gradients 2e-2."""
+    for name, error in kernel_errors("mlp", weights, inputs, 64, scan).items():
         assert error <= (2e-2 if name.startswith("d ") else 5e-3), f"{name}: {error:.1e}"
-
-
-@pytest.mark.parametrize("tp, every, L", [(2, 1, 200), (2, 3, 449), (4, 3, 200), (4, 16, 64)])
-def test_the_kernels_algorithm_is_exact_in_float64(tp, every, L):
-    """Shards, replay and rewinding change nothing: the closed form, walked back from a group's last W."""
-    inputs = chip_inputs(2, 2, L, std=0.1, eta_base=12.0)
-    truth = kernel_truth(inputs)
-    emulated = Emulated(*inputs, 1e-8, every, tp, rounded=False, dtype=torch.float64)
-    errors = chip_errors(inputs, *emulated.forward(), emulated.backward(*truth[3:]), truth)
-    assert max(errors.values()) < 1e-12 and emulated.drift < 1e-14
-
-
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("every, L, std, eta_base", [(16, 1024, 0.02, 0.1), (3, 449, 0.02, 0.1),
-                                                     (16, 1024, 0.2, 12.0)])
-def test_the_kernels_rounding_stays_within_the_gates(tp, every, L, std, eta_base):
-    """bf16 operands, all else fp32, against float64: output and change of W 5e-3, gradients 2e-2."""
-    inputs = chip_inputs(1, 2, L, std, eta_base)
-    truth = kernel_truth(inputs)
-    emulated = Emulated(*inputs, 1e-8, every, tp)
-    assert_within_gates(chip_errors(inputs, *emulated.forward(), emulated.backward(*truth[3:]), truth))
-    assert emulated.drift < 1e-6
 
 
 # B, H, L, every, tp
@@ -1974,10 +1603,14 @@ def executed(source=None, races=False):
     return hopper.Chip(source or hopper.KERNEL, races=races)
 
 
-def run_executed(chip, inputs, every, tp, seed, dout, dlast):
-    chip.seed = seed
-    out, last, kept = chip.forward(inputs, every, tp)
-    return out, last, chip.backward(inputs, kept, dout, dlast, every, tp)
+def execute(chip, every, tp, weights, inputs):
+    """What scan_gradients returns, by the executed kernel."""
+    arguments = chip_arguments(weights, inputs)
+    out, last, kept = chip.forward(arguments, every, tp)
+    dout, *dlast = [normals(torch.bfloat16)(*y.shape) for y in (out, *last)]
+    gradients = chip.backward(arguments, kept, dout, dlast, every, tp)
+    ln, W = ([x.sum(0) for x in own] for own in (gradients[4:6], gradients[6:]))      # they come by video
+    return dict(zip(result_names(weights), (out, *last, *W, *gradients[:4], *ln)))
 
 
 @pytest.mark.skipif(not shutil.which("nvcc") or not os.environ.get("THUNDERKITTENS_ROOT"),
@@ -1985,25 +1618,20 @@ def run_executed(chip, inputs, every, tp, seed, dout, dlast):
 class TestExecutedKernel:
     @pytest.mark.parametrize("B, H, L, every, tp", EXECUTED_CASES)
     def test_it_is_within_the_gates(self, B, H, L, every, tp):
-        """Output, change of W and every gradient against the naive dual form in float64."""
-        inputs = chip_inputs(B, H, L)
-        truth = kernel_truth(inputs)
-        errors = chip_errors(inputs, *run_executed(executed(), inputs, every, tp, L, *truth[3:]), truth)
-        assert_within_gates(errors)
+        executed().seed = L
+        assert_within_gates(*chip_inputs(B, H, L), functools.partial(execute, executed(), every, tp))
 
     @pytest.mark.parametrize("schedules", [range(8), pytest.param(range(8, 48), marks=SLOW)], ids=["8", "40"])
     @pytest.mark.parametrize("tp", [2, 4])
     def test_no_order_of_events_changes_a_bit_and_nothing_races(self, tp, schedules):
         """Warps, or a whole multiprocessor, that fall behind; copies and products that are late."""
         inputs, first, watchful = chip_inputs(1, 1, 130), None, executed(races=True)
-        dice = torch.Generator().manual_seed(1)
-        dout, *dlast = (torch.randn(x.shape, generator=dice) for x in (inputs[0], *inputs[6:]))
         for seed in schedules:
             chip = executed() if seed % 8 else watchful       # looking for races takes three times as long
-            out, last, gradients = run_executed(chip, inputs, 2, tp, seed, dout, dlast)
-            results = [out, *last, *gradients]
+            chip.seed = seed
+            results = execute(chip, 2, tp, *inputs)
             first = first or results
-            assert all(map(torch.equal, first, results)), seed
+            assert same(first, results), seed
         assert not watchful.races, watchful.report()
 
     def test_two_defects_it_once_had_are_noticed(self, tmp_path):
@@ -2018,24 +1646,17 @@ class TestExecutedKernel:
             assert old in changed
             changed = changed.replace(old, new)
         (tmp_path / "ttt_kernel.cu").write_text(changed)
-        chip, inputs = executed(tmp_path / "ttt_kernel.cu"), chip_inputs(1, 1, 192)
+        chip, inputs = executed(tmp_path / "ttt_kernel.cu"), chip_arguments(*chip_inputs(1, 1, 192))
         with pytest.raises(hopper.Fault, match="no multiple of 8"):
             chip.forward(inputs, 16, 4)
         with pytest.raises(hopper.Fault, match=r"deadlock(.|\n)*sum_over_cluster\(z2.*\n.*mbarrier made on"):
             for chip.seed in range(24):
                 chip.forward(inputs, 16, 2)
 
-    def test_an_instruction_it_does_not_know_is_named_with_its_line(self):
-        chip = hopper.Chip()
-        for name, text in chip.kernels.texts.items():
-            chip.kernels.texts[name] = text.replace("rsqrt.approx", "cbrt.approx")
-        with pytest.raises(hopper.Fault, match=r"does not know the instruction cbrt.approx.* of line \d+"):
-            chip.forward(chip_inputs(1, 1, 64), 16, 2)
-
     def test_its_command_prints_errors_and_shows_a_warp(self):
         line = (HERE / "ttt_kernel.cu").read_text().splitlines().index("    row_means(square);") + 1
-        command = [sys.executable, HERE / "appendix/hopper.py", "--length=10", f"--watch={line}", "--warp=0.0"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [HERE / "appendix/hopper.py", "--length=10", f"--watch={line}", "--warp=0.0"]
+        said = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
         assert "rsqrt" not in said and "shfl.sync" in said and "d b2" in said
 
 
@@ -2044,41 +1665,17 @@ HOPPER_CASES = [(1, 1, 192, 1, 4), (1, 1, 64, 16, 2), (2, 3, 449, 3, 2), (3, 5, 
                 (1, 4, 1, 16, 4)]
 
 
-
-def on_chip(inputs, every, tp, patch, dout, dlast):
-    """Output, last weights and gradients by the kernel."""
-    patch.setattr(kernels, "cluster_size", lambda heads: tp)
-    leaves = [x.to("cuda", torch.bfloat16) for x in inputs[:3]]
-    leaves += [x.to("cuda", torch.float32) for x in inputs[3:]]
-    leaves = [x.requires_grad_() for x in leaves]
-    out, last = ttt_scan("mlp", leaves[6:], *leaves[:6], 64, backend="cuda", checkpoint=every)
-    directions = [dout.to(out), *(d.to(w) for d, w in zip(dlast, last))]
-    gradients = torch.autograd.grad([out, *last], leaves, directions)
-    return [x.detach().cpu() for x in (out, *last, *gradients)]
-
-
 @pytest.mark.hopper
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
                     reason="needs a Hopper GPU (H100, H200)")
-class TestOnHopper:
+@pytest.mark.parametrize("B, H, L, every, tp", HOPPER_CASES)
+def test_on_hopper_the_kernel_is_within_the_gates_and_repeatable(B, H, L, every, tp, monkeypatch):
     """Not yet run on a GPU."""
-
-    @pytest.mark.parametrize("B, H, L, every, tp", HOPPER_CASES)
-    def test_the_kernel_is_within_the_gates(self, B, H, L, every, tp, monkeypatch):
-        inputs = chip_inputs(B, H, L)
-        truth = kernel_truth(inputs)
-        results = on_chip(inputs, every, tp, monkeypatch, *truth[3:])
-        assert_within_gates(chip_errors(inputs, results[0], results[1:5], results[5:], truth))
-
-    @pytest.mark.parametrize("tp", [2, 4])
-    def test_it_errs_at_most_twice_as_much_as_the_same_rounding_in_torch(self, tp, monkeypatch):
-        inputs = chip_inputs(1, 4, 1000)
-        truth = kernel_truth(inputs)
-        results, emulated = on_chip(inputs, 16, tp, monkeypatch, *truth[3:]), Emulated(*inputs, 1e-8, 16, tp)
-        theirs = chip_errors(inputs, *emulated.forward(), emulated.backward(*truth[3:]), truth)
-        for name, error in chip_errors(inputs, results[0], results[1:5], results[5:], truth).items():
-            assert error <= 2 * theirs[name] + 1e-4, name
-        assert all(map(torch.equal, results, on_chip(inputs, 16, tp, monkeypatch, *truth[3:])))
+    monkeypatch.setattr(kernels, "cluster_size", lambda heads: tp)
+    scan = functools.partial(scan_gradients, "mlp", backend="cuda", mini_batch=64, checkpoint=every)
+    inputs = chip_inputs(B, H, L, "cuda")
+    assert_within_gates(*inputs, scan)
+    assert same(scan(*inputs), scan(*inputs))
 
 
 @SLOW
@@ -2287,7 +1884,8 @@ def test_exercise_03_the_primal_form_with_momentum(source):
     A mini-batch of TTT-MLP whose inner optimizer has momentum: velocity <- mu velocity + dl/dW (it points
     uphill), then W <- W - velocity, then q is read with the new W. W and velocity are tuples of W1 [n, F, E],
     b1 [n, 1, E], W2 [n, E, F] and b2 [n, 1, F], mu is a number, the rest is as in exercise 2; GELU is the
-    tanh approximation. Return the output [n, b, F] and two tuples as given. No autograd; gradient_on_output and INNER["mlp"].gradient may be used.
+    tanh approximation. Return the output [n, b, F] and two tuples as given. No autograd; gradient_on_output
+    and INNER["mlp"].gradient may be used.
     """
     W, q, k, v, eta, gamma, beta, eps = inner_step("mlp")
     velocity, leaves = tuple(0.1 * w.roll(1, dims=-1) for w in W), [w.clone().requires_grad_() for w in W]
