@@ -1,7 +1,7 @@
 """The specification as tests, in the order of the paper; then the exercises, and what the README measures.
 
     python -m pytest -q test_ttt.py           # on a laptop, without a GPU
-    python -m pytest -q test_ttt.py -m slow   # every arrangement of processes, every shape of the kernels
+    python -m pytest -q test_ttt.py -m slow   # more of the executed kernel; the page for votes, in a browser
     python -m pytest -rs -k exercise_03       # one exercise, the reference's answer and yours
     python test_ttt.py --experiment 9         # the plot of an experiment among the exercises
     python test_ttt.py --bench                # time and memory of the scan and of a training step
@@ -473,20 +473,6 @@ def test_weights_return_to_diffusers_bit_for_bit(dtype, tmp_path):
     assert same(again, theirs.state_dict())
 
 
-def test_a_folder_that_is_not_cogvideoxs_network_is_named(tmp_path):
-    """Another network, weights too many or too few, half a download, nothing."""
-    diffusers_cogvideox(tmp_path)
-    config, weights = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors"
-    facts, numbers = json.loads(config.read_text()), weights.read_bytes()
-    for change in dict(norm_eps=1e-6), dict(num_layers=3), dict(num_layers=1), {}:
-        config.write_text(json.dumps(facts | change))
-        weights.write_bytes(numbers if change else numbers[:99])
-        with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-            DiT.from_cogvideox(tmp_path)
-    with pytest.raises(UserError, match="nowhere"):
-        DiT.from_cogvideox(tmp_path / "nowhere")
-
-
 @pytest.fixture(scope="session")
 def cogvideox(tmp_path_factory):
     """A folder like CogVideoX's, by diffusers, transformers and sentencepiece, with small random networks."""
@@ -530,12 +516,7 @@ def test_the_real_model_from_folders_to_a_video(cogvideox, tmp_path, capsys):
     story.write_text("\n\n".join(dataset.mark_scene(STORY[:2])))
     make = ["--preset", "5b", "--stage", "9s", "--storyboard", story, "--out", video, "--out_dir", out]
     assert run(sample, *make, "--steps", 2, *encoders) == 0 and frames_of(video) == 2 * SEGMENT + 1
-    for module, flags, sentence in [
-            (sample, [*make, *encoders[:2]], "--text_encoder"),
-            (sample, [*make, *encoders, "--vae_scale", 1], "0.7, not 1.0"),
-            (ttt_minute, ["--stage", "30s", *train], "the stage before it or --init_from"),
-            (ttt_minute, ["--stage", "18s", *train], "no video has 6 segments")]:
-        refused(capsys, sentence, module, *flags)
+    refused(capsys, "0.7, not 1.0", sample, *make, *encoders, "--vae_scale", 1)
 
 
 # Diffusion (appendix A) ---------------------------------------------------------------------------------
@@ -825,16 +806,6 @@ def test_the_essay_alone_trains_and_samples_and_the_length_of_a_segment_has_one_
     assert frames_of(tmp_path / "out/pocket-full/9s/video.mp4") == 4 * 2 * dataset.FPS + 1
 
 
-def test_no_import_runs_in_a_circle():
-    """Not even through imports inside functions."""
-    files = {path.stem: path.read_text() for path in (*HERE.glob("*.py"), *HERE.glob("appendix/*.py"))}
-    names = re.compile(rf"^ *(?:from|import) (?:appendix import |appendix\.)?({'|'.join(files)})\b", re.M)
-    graph = {name: set(names.findall(text)) for name, text in files.items() if name != "test_ttt"}
-    while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
-        graph = {name: needs for name, needs in graph.items() if name not in leaves}
-    assert not graph
-
-
 def test_a_stage_never_starts_over_a_trained_one_or_another_run(trained, world, tmp_path, capsys):
     flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL, "--eta_mlp", 11]
     start = "--init_from", trained / "pocket-local/pretrain/model.safetensors"
@@ -926,21 +897,12 @@ def test_a_users_mistake_is_quoted_in_one_sentence_before_any_work(module, tmp_p
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(trained, world, tmp_path, capsys):
-    path, good = tmp_path / "model.safetensors", trained / "pocket-ttt_mlp/9s/model.safetensors"
-    tensors, facts = load_file(good), ttt_minute.read_facts(good)
-    flags = ["--stage", "18s", "--data", world, "--out_dir", tmp_path / "out", *SMALL, "--init_from", path]
-    old = facts | dict(config=facts["config"] | {"decay": 1.0})           # a field that is no more
-    codec, named = dict(encoders=facts["encoders"] | {"codec": "another"}), "patch_in.weight"
-    for weights, told, more, sentence in [
-            (tensors, old, ("--depth", 2), f"{path}: weights that do not fit"),
-            (tensors, old, ("--layer", "ttt_linear"), f"{path}: weights that do not fit"),
-            ({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, facts, (), "_orig_mod"),
-            (tensors | {named: tensors[named] * math.nan}, facts, (), "finite"),
-            (tensors, facts | codec, (), "codec another")]:
-        save_file(weights, path, {"ttt_minute": json.dumps(told)})
-        refused(capsys, sentence, ttt_minute, *flags, *more)
-    path.write_bytes(good.read_bytes()[:5000])
-    refused(capsys, str(path), ttt_minute, *flags)
+    """Of another depth or layer; cut off."""
+    good, cut = trained / "pocket-ttt_mlp/9s/model.safetensors", tmp_path / "cut.safetensors"
+    flags = ["--stage", "18s", "--data", world, "--out_dir", tmp_path / "out", *SMALL, "--init_from"]
+    cut.write_bytes(good.read_bytes()[:5000])
+    for path, more in (good, ("--depth", 2)), (good, ("--layer", "ttt_linear")), (cut, ()):
+        refused(capsys, str(path), ttt_minute, *flags, path, *more)
 
 
 # Many devices: processes that talk through gloo on the CPU (appendix/devices.py) ------------------------
@@ -1037,15 +999,6 @@ def test_many_processes_train_and_sample_like_one():
                      ("local", 3, 2, 1, 2)])
 
 
-@SLOW
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("segments, micro_batch", [(1, 1), (3, 2), (5, 2)])
-def test_every_layer_trains_and_samples_like_one_process(layer, count, segments, micro_batch):
-    arrangements = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (2, 4), (4, 4), (4, 1)][:2 * count]
-    in_processes(count, [(layer, segments, *arrangement, micro_batch) for arrangement in arrangements])
-
-
 def test_when_one_of_two_processes_dies_the_other_ends_and_one_alone_goes_on(trained, to_3s, tmp_path):
     """torchrun ends the sibling within a minute; the states of two processes are read by one."""
     flags = [*map(str, to_3s), "--eta_mlp", "11", "--checkpoint_every", "1"]
@@ -1103,14 +1056,16 @@ def ingest(tmp_path, segments=1):
 
 def test_a_storyboard_is_read_in_three_formats(tmp_path):
     """A paragraph a segment, scene marks around scenes; the published JSON and JSONL have negatives, too."""
-    def read(name, text):
-        (tmp_path / name).write_text(text)
+    def read(name, text, encoding="utf-8"):
+        (tmp_path / name).write_bytes(text.encode(encoding))
         videos = dataset.parse_storyboard(tmp_path / name)
         return [[(s.text, s.negative, s.scene) for s in board] for board in videos]
 
     story = "<start_scene>One.\n\nTwo.<end_scene>\n\n<start_scene>Three.<end_scene>\n"
-    assert read("story.txt", story) == [[("<start_scene>One.", None, 0), ("Two.<end_scene>", None, 0),
-                                         ("<start_scene>Three.<end_scene>", None, 1)]]
+    expected = [[("<start_scene>One.", None, 0), ("Two.<end_scene>", None, 0),
+                 ("<start_scene>Three.<end_scene>", None, 1)]]
+    for break_, encoding in ("\n\n", "utf-8"), ("\u2029", "utf-8"), ("\n \n\u200b", "utf-16"), ("\r\n\r\n", "utf-8-sig"):
+        assert read("story.txt", story.replace("\n\n", break_), encoding) == expected
     video = [dict(text="One.", requires_scene_transition=False, neg_text="blur"),
              dict(text="Two.", requires_scene_transition=True, neg_text="")]
     expected = [[("<start_scene>One.<end_scene>", "blur", 0), ("<start_scene>Two.<end_scene>", None, 1)]] * 2
@@ -1126,16 +1081,6 @@ def test_a_faulty_storyboard_is_explained(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         dataset.parse_storyboard(tmp_path / name)
-
-
-@pytest.mark.parametrize("between, encoding", [
-    ("\u2028\u2028", "utf-8"), ("\u2029", "utf-8"), ("\v\v", "utf-8"), ("\x85\x85", "utf-8"),
-    ("\n\u200b\n", "utf-8"), ("\n\n\ufeff", "utf-8-sig"), ("\n \n\u200b", "utf-16"), ("\r\n\r\n", "utf-32")])
-def test_paragraphs_are_what_a_reader_sees_whatever_editor_wrote_them(between, encoding, tmp_path):
-    text = f"\u200b<start_scene>Mia waves.{between}Pip runs.<end_scene>"
-    (tmp_path / "story.txt").write_bytes(text.encode(encoding))
-    board, = dataset.parse_storyboard(tmp_path / "story.txt")
-    assert [s.text for s in board] == ["<start_scene>Mia waves.", "Pip runs.<end_scene>"]
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 21])
@@ -1179,11 +1124,9 @@ def test_any_word_has_a_fixed_vector_and_what_the_encoder_does_not_know_is_said(
     encoder = dataset.PocketText(length=6, dim=8)
     one, two = encoder.encode(["A cat sleeps.", "a CAT sleeps"])
     assert torch.equal(one, two) and (one[3:] == 0).all() and one[:3].abs().sum() > 0
-    for text, sentence in (7 * "Mia ", "story.txt, segment 1"), ("米娅", "%"), ("🐱", "%"), ("Mia", ""):
-        capsys.readouterr()
+    for text, sentence in (7 * "Mia ", "story.txt, segment 1"), ("米娅", "%"):
         encoder.encode([text], "story.txt")
-        said = capsys.readouterr().err
-        assert sentence in said and bool(sentence) == bool(said)
+        assert sentence in capsys.readouterr().err
 
 
 def test_real_footage_is_resampled_cropped_trimmed_evenly_and_cut_into_segments(tmp_path):
@@ -1398,14 +1341,6 @@ def in_pieces():
 
 def test_triton_gradients_flow_through_either_result_and_weights_may_differ_by_video(interpreter):
     assert interpreter(in_pieces) < 1e-5
-
-
-@pytest.mark.parametrize("backend, sentence",
-                         [("triton", "Ampere|the package"), ("cuda", "of 64"), ("abacus", "no backend")])
-def test_a_backend_that_cannot_take_a_scan_says_why(backend, sentence):
-    weights, inputs = kernel_inputs("mlp", torch.float32, 32, 16, 20, 1, 2, "cpu")
-    with pytest.raises(ValueError, match=sentence):
-        ttt_scan("mlp", weights, *inputs, 16, backend=backend)
 
 
 @pytest.mark.parametrize("kernel, chip, shared, kind", [
