@@ -1064,8 +1064,8 @@ def test_a_storyboard_is_read_in_three_formats(tmp_path):
     story = "<start_scene>One.\n\nTwo.<end_scene>\n\n<start_scene>Three.<end_scene>\n"
     expected = [[("<start_scene>One.", None, 0), ("Two.<end_scene>", None, 0),
                  ("<start_scene>Three.<end_scene>", None, 1)]]
-    for break_, encoding in ("\n\n", "utf-8"), ("\u2029", "utf-8"), ("\n \n\u200b", "utf-16"), ("\r\n\r\n", "utf-8-sig"):
-        assert read("story.txt", story.replace("\n\n", break_), encoding) == expected
+    for between, encoding in ("\n\n", "utf-8"), ("\u2029", "utf-8-sig"), ("\n \r\n\u200b", "utf-16"):
+        assert read("story.txt", story.replace("\n\n", between), encoding) == expected
     video = [dict(text="One.", requires_scene_transition=False, neg_text="blur"),
              dict(text="Two.", requires_scene_transition=True, neg_text="")]
     expected = [[("<start_scene>One.<end_scene>", "blur", 0), ("<start_scene>Two.<end_scene>", None, 1)]] * 2
@@ -1534,8 +1534,7 @@ def test_people_vote_with_two_keys_and_nobody_sees_a_name(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------------------------------
 # Exercises. A statement is the docstring of a test; pytest -s prints it. Tests run on assets/answers.md and
-# on your exercises.py. Likely mistakes are edits of an answer, (old, new): what is wrong in the same way gets
-# the hint, and each has to make a difference.
+# on your exercises.py. Likely mistakes are edits of an answer: what is wrong in the same way gets the hint.
 # ----------------------------------------------------------------------------------------------------------
 
 PRETRAINED = ttt_minute.ASSETS / "pocket-local-pretrain.safetensors"
@@ -1547,9 +1546,12 @@ def source(request):
     return request.param
 
 
+ANSWERS = (ttt_minute.ASSETS / "answers.md").read_text()
+
+
 def answer(name, *edit):
     """A function of assets/answers.md, or of sample.py; with an edit (old, new, ...) a mistake is in it."""
-    head, *blocks = re.findall("```python\n(.*?)```", (ttt_minute.ASSETS / "answers.md").read_text(), re.S)
+    head, *blocks = re.findall("```python\n(.*?)```", ANSWERS, re.S)
     found, space = [block for block in blocks if f"def {name}(" in block], dict(vars(sample))
     code = found[0] if found else inspect.getsource(space[name])
     for old, new in zip(edit[::2], edit[1::2]):
@@ -1557,6 +1559,11 @@ def answer(name, *edit):
         code = code.replace(old, new)
     exec(head + code, space)
     return space[name]
+
+
+def mistakes(name):
+    """{hint: edit of the answer that makes this mistake}."""
+    return eval("{" + re.search(rf"```python mistakes in {name}\n(.*?)```", ANSWERS, re.S)[1] + "}")
 
 
 def written(source, name):
@@ -1575,9 +1582,9 @@ def form(x):
     return tree_map(leaf, x)
 
 
-def judge(source, name, inputs, edits, right=None, look=lambda result: result, tolerance=1e-9):
+def judge(source, name, inputs, right=None, look=lambda result: result, tolerance=1e-9):
     """Fails with a hint unless a function gives on `inputs` what is right (default: what the answer gives);
-    edits {hint: what makes that mistake}, look: what of a result to compare. Returns the result."""
+    `look`: what of a result to compare. Each likely mistake has to make a difference. Returns the result."""
     def errors(x, y):
         pairs = zip(tree_leaves(x), tree_leaves(y))
         return [relative(*(torch.as_tensor(z).detach().double() for z in pair)) for pair in pairs]
@@ -1593,7 +1600,7 @@ def judge(source, name, inputs, edits, right=None, look=lambda result: result, t
     found = look(mine)
     off = errors(found, right)
     good = max(off) < tolerance
-    for hint, edit in {} if good and source == "yours" else edits.items():
+    for hint, edit in {} if good and source == "yours" else mistakes(name).items():
         wrong = look(answer(name, *edit)(*inputs))
         assert max(errors(wrong, right)) > tolerance, f"this mistake would not be noticed: {hint}"
         if not good and max(errors(found, wrong)) < tolerance:
@@ -1631,17 +1638,10 @@ def test_exercise_00_a_first_step(source):
     beta [1, 1, F] and TTT-Linear's first W = (W1 [1, F, F], b1 [1, 1, F]). Cut the tokens into mini-batches
     of b (which divides L). At each measure how wrong f is before it learns: 1/2 || k + LN(f(k)) - v ||^2,
     summed over channels, averaged over tokens, without eta; `read` gives k + LN(f(k)), with INNER["linear"]
-    as f. Then take a step, step_autograd with k as q, and go on with its W. Return a tensor
-    [L/b].
+    as f. Then take a step, step_autograd with k as q, and go on with its W. Return a tensor [L/b].
     """
     W, k, *rest = first_step_inputs()
-    losses = judge(source, "first_step", (W, k, *rest), {
-        "W is the memory: a mini-batch goes on with what the one before has left": ("W = new", "pass"),
-        "after the step, f knows these very tokens by heart": ("f, W, k_m, g", "f, new, k_m, g"),
-        "f learns v - k, because what is read is k + LN(f(k))": ("- v_m", "- v_m - k_m"),
-        "what is read has k in it: all of it is compared with v": ("- v_m", "- (v_m - k_m)"),
-        "there is a 1/2 in front of the square": ("0.5 * ", ""),
-        "summed over channels, averaged over tokens only": (".sum(-1)", "")})
+    losses = judge(source, "first_step", (W, k, *rest))
     strange = written(source, "first_step")(W, k.flip(1), *rest)
     assert losses[-4:].mean() < losses[0] / 4 and strange[-4:].mean() > strange[0] / 2, "does k decide v?"
 
@@ -1657,13 +1657,7 @@ def test_exercise_01_the_gradient_through_layernorm(source):
     leaf = Z.clone().requires_grad_()
     error = gamma * nnf.layer_norm(leaf, Z.shape[-1:], eps=eps) + beta - target
     right, = torch.autograd.grad(0.5 * error.square().sum(), leaf)
-    judge(source, "l2_gradient", (Z, target, gamma, beta, eps), {
-        "a change that all channels share is undone: nothing of it may come back": ("p - mean(p)", "p"),
-        "a change of scale is undone, so the gradient has no part along xh": (" - xh * mean(p * xh)", ""),
-        "LayerNorm takes the mean away, as an RMS norm does not": ("centred = Z - mean(Z)", "centred = Z"),
-        "the variance is divided by F, not by F - 1": ("mean(centred ** 2)", "Z.var(-1, keepdim=True)"),
-        "the chain rule passes through gamma on its way back, too": ("p = gamma * ", "p = "),
-        "the loss has a 1/2 in front of the square": ("return r", "return 2 * r")}, right)
+    judge(source, "l2_gradient", (Z, target, gamma, beta, eps), right)
 
 
 def test_exercise_02_a_dual_form_with_a_causal_mask(source):
@@ -1678,13 +1672,7 @@ def test_exercise_02_a_dual_form_with_a_causal_mask(source):
     W, q, k, v, eta, *rest = inputs = inner_step("linear")
     steps = [eta * (torch.arange(10)[:, None] <= i) for i in range(10)]               # later tokens have 0
     right = [step_autograd(INNER["linear"], W, q, k, v, eta, *rest)[0][:, i] for i, eta in enumerate(steps)]
-    judge(source, "causal_dual", inputs, {
-        "every token still knows the whole mini-batch": (".tril()", ""),
-        "b1, too, may not know later tokens": ("(scores + 1).tril()", "(scores.tril() + 1)"),
-        "b1 takes steps as well as W1": (" + 1)", ")"),
-        "LN scales and shifts where q is read, too": ("gamma * nnf", "nnf", " + beta", ""),
-        "a token has learned itself by the time it is read": (".tril()", ".tril(-1)"),
-        "f learns the residual v - k": ("W, k, v,", "W, k, v + k,")}, torch.stack(right, dim=1))
+    judge(source, "causal_dual", inputs, torch.stack(right, dim=1))
 
 
 def test_exercise_03_the_primal_form_with_momentum(source):
@@ -1701,15 +1689,8 @@ def test_exercise_03_the_primal_form_with_momentum(source):
     loss = (0.5 * eta * (read(INNER["mlp"], leaves, k, gamma, beta, eps) - v).square()).sum()
     speeds = [0.7 * old + g for old, g in zip(velocity, torch.autograd.grad(loss, leaves))]
     new = [w - speed for w, speed in zip(W, speeds)]
-    judge(source, "momentum_step", (W, velocity, q, k, v, eta, gamma, beta, eps, 0.7), {
-        "the output reads the weights AFTER the step": ("new, q,", "W, q,"),
-        "the velocity points uphill, as dl/dW does, and W goes the other way": (
-            "speed + g for", "speed - g for", "w - speed", "w + speed"),
-        "what is left of the old velocity still pushes": ("mu * speed + ", ""),
-        "this averages; momentum adds the whole new gradient": ("speed + g ", "speed + (1 - mu) * g "),
-        "GELU is the tanh approximation here, and so is its slope": ('"tanh"', '"none"'),
-        "f learns the residual v - k": ("W, k, v,", "W, k, v + k,")},
-        (read(INNER["mlp"], new, q, gamma, beta, eps), new, speeds))
+    judge(source, "momentum_step", (W, velocity, q, k, v, eta, gamma, beta, eps, 0.7),
+          (read(INNER["mlp"], new, q, gamma, beta, eps), new, speeds))
 
 
 def test_exercise_04_a_story_told_wholly_backwards(source):
@@ -1721,14 +1702,8 @@ def test_exercise_04_a_story_told_wholly_backwards(source):
     the first. Return where tokens are stored, int64 [L].
     """
     first, second = list(range(4, FRAMES + 5)), list(range(FRAMES + 5, 2 * FRAMES + 5))
-    judge(source, "reverse_order", (2, 2, 1), {
-        "so no text comes before its own video": ("pieces[::-1]", "words + videos).flip(0"),
-        "a text comes before its own video in this direction, too": ("[text, video]", "[video, text]"),
-        "this is Layout's own reverse: here words run backwards as well": ("words[i].flip(0)", "words[i]"),
-        "the last segment comes first": ("pieces[::-1]", "pieces"),
-        "the first segment has one latent frame more, in both directions": ("i == 0", "i == segments - 1")},
-        torch.tensor([3, 2, *second[::-1], 1, 0, *first[::-1]]))
-    judge(source, "reverse_order", (5, 3, 4), {})
+    judge(source, "reverse_order", (2, 2, 1), torch.tensor([3, 2, *second[::-1], 1, 0, *first[::-1]]))
+    judge(source, "reverse_order", (5, 3, 4))
 
 
 def test_exercise_05_who_sees_whom_inside_segments(source):
@@ -1741,13 +1716,7 @@ def test_exercise_05_who_sees_whom_inside_segments(source):
     layout, attention = Layout(3, 2, (3 * FRAMES + 1, 1, 1)), LocalAttention(TINY)
     x = torch.randn(1, layout.tokens, TINY.dim)
     jacobian = torch.autograd.functional.jacobian(lambda x: attention(x, layout).sum((0, 2)), x)
-    judge(source, "segment_mask", (3, 2, 1), {
-        "neighbours share a latent frame": ("video >= FRAMES * i", "video > FRAMES * i - 0 ** i"),
-        "a segment ends with the frame that the next one begins with": ("<= FRAMES", "< FRAMES"),
-        "attention inside a segment is not causal": (".bool()", ".bool().tril()"),
-        "a text is read in its own segment only": (".bool()", ".bool() | (torch.arange(len(owns[0])) < 6)"),
-        "segments that share nothing do not see each other": (".bool()", ".bool() | True")},
-        jacobian[:, 0].abs().sum(-1) > 0)                     # [L, L], found by the derivative
+    judge(source, "segment_mask", (3, 2, 1), jacobian[:, 0].abs().sum(-1) > 0)        # [L, L]
 
 
 def test_exercise_06_a_gated_delta_step(source):
@@ -1763,13 +1732,7 @@ def test_exercise_06_a_gated_delta_step(source):
     k, g, beta = nnf.normalize(k, dim=-1), -v[:, 0].abs(), v[:, 1].sigmoid()
     _, before = memories.gated_delta_rule(*(x[None, None, :4] for x in (q, k, v, g, beta)))
     outs, after = memories.gated_delta_rule(*(x[None, None] for x in (q, k, v, g, beta)))
-    judge(source, "delta_step", (before[0, 0], q[4], k[4], v[4], g[4], beta[4]), {
-        "g is the logarithm of the decay": ("g.exp()", "g"),
-        "the error is that of the state that has faded": ("v - k @ faded", "v - k @ S"),
-        "a token reads the state that it has written to": ("q @ S", "q @ faded"),
-        "the delta rule stores what is missing, v minus what the state answers": ("v - k @ faded", "v"),
-        "beta is how much of the error is written": ("beta * ", ""),
-        "the answer is divided by sqrt(K)": (" / math.sqrt(len(q))", "")}, (outs[0, 0, 4], after[0, 0]))
+    judge(source, "delta_step", (before[0, 0], q[4], k[4], v[4], g[4], beta[4]), (outs[0, 0, 4], after[0, 0]))
 
 
 def test_exercise_07_a_ddim_step_from_a_noise_prediction(source):
@@ -1783,16 +1746,7 @@ def test_exercise_07_a_ddim_step_from_a_noise_prediction(source):
     x_0, noise = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).double()
     bar, after = alphas_cumprod()[[600, 300]]
     x, v = bar.sqrt() * x_0 + (1 - bar).sqrt() * noise, bar.sqrt() * noise - (1 - bar).sqrt() * x_0
-    judge(source, "noise_step", (x, noise, bar, after), {
-        "alpha_bar is a variance: signal and noise are scaled by roots": ("torch.sqrt", "torch.abs"),
-        "this takes the noise for v": ("(x - s * noise) / a", "a * x - s * noise; noise = a * noise + s * x"),
-        "without its noise, x is not x_0 yet": (" / a", ""),
-        "a step ends at the NEXT noise level": ("root(next_bar), root(1 - next_bar)", "a, s"),
-        "the noise goes along: DDIM keeps its direction": (" + next_s * noise", ""),
-        "v is asked for where x is, before the step": (
-            "a * noise - s * x_0", "next_a * noise - next_s * x_0"),
-        "v grows with the noise and falls with the signal": ("a * noise - s * x_0", "s * x_0 - a * noise")},
-        (after.sqrt() * x_0 + (1 - after).sqrt() * noise, v))
+    judge(source, "noise_step", (x, noise, bar, after), (after.sqrt() * x_0 + (1 - after).sqrt() * noise, v))
 
 
 def test_exercise_08_a_gate_of_a_head(source):
@@ -1806,13 +1760,7 @@ def test_exercise_08_a_gate_of_a_head(source):
     x, weight = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).double().split([14, 6])
     order, gates = torch.tensor([1, 0, 6, 5, 4, 2, 3]), torch.tensor([[0.5, -0.2], [-1.5, 0.7]]).double()
     layer = lambda x: (x @ weight).cumsum(1)                  # anything that is not the same backwards
-    judge(source, "head_gates", (x.view(2, 7, 6), layer, order, *gates), {
-        "what comes out of the reverse scan has to be put back in place": ("[:, order.argsort()]", ""),
-        "doing the same permutation twice does not undo it": (".argsort()", ""),
-        "the reverse direction reads what the forward direction made": ("z[:, order]", "x[:, order]"),
-        "a gate is squashed: near 0 for a small alpha, never beyond 1": (".tanh()", ""),
-        "the channels of a head lie side by side and share its gate": ("repeat_interleave", "repeat"),
-        "a gate adds to what was there": ("z = x + ", "z = ")})
+    judge(source, "head_gates", (x.view(2, 7, 6), layer, order, *gates))
 
 
 def test_exercise_09_how_large_a_mini_batch(source):
@@ -1823,13 +1771,8 @@ def test_exercise_09_how_large_a_mini_batch(source):
     takes it. `seconds` is how long that took. Then ask the last weights: a second scan, with eta 0, only
     reads, and `error` is the mean squared error of its output against v, a float.
     """
-    judge(source, "mini_batch_curve", ((8, 16, 32, 64), *learnable("mlp", 2, 32, torch.float32)), {
-        "these weights have learned nothing yet": ("last, k, k, v, 0", "weights, k, k, v, 0"),
-        "while they are read the weights still learn: the error is that of the last ones, for all tokens": (
-            "_, last", "answer, last", "answer, _ =", "_ ="),
-        "eta is for a whole mini-batch: each of its b tokens gets a share": ("eta / b", "eta"),
-        "every size starts from the same weights": ("seconds = ", "weights = last; seconds = ")},
-        look=lambda curve: torch.tensor([pair[0] for _, pair in sorted(curve.items())]), tolerance=1e-5)
+    judge(source, "mini_batch_curve", ((8, 16, 32, 64), *learnable("mlp", 2, 32, torch.float32)),
+          look=lambda curve: torch.tensor([pair[0] for _, pair in sorted(curve.items())]), tolerance=1e-5)
 
 
 def test_exercise_10_how_far_the_gate_is_open_at_first(source, world):
@@ -1842,12 +1785,8 @@ def test_exercise_10_how_far_the_gate_is_open_at_first(source, world):
     diffusion_loss(model, *batch). Return two lists of floats for each: the losses, and what the layers hear,
     the norm of the gradient on all new parameters (is_new(name)) but those with "gate_" in their name.
     """
-    judge(source, "gate_curve", ((0.0, 0.5), 2, dataset.Runs(world, 1), Config(), PRETRAINED), {
-        "every init starts from the network as it was": ("new_model(", "model if curves else new_model("),
-        "a gradient is for one step, and has to go after it": ("optimizer.zero_grad()", "pass"),
-        "the network does not learn: does the optimizer step, and at a rate?": ("optimizer.step()", "pass"),
-        "asked for is what the layers hear, not the gates": (' and "gate_" not in name', "")},
-        look=lambda curves: torch.tensor([pair for _, pair in sorted(curves.items())]), tolerance=1e-4)
+    judge(source, "gate_curve", ((0.0, 0.5), 2, dataset.Runs(world, 1), Config(), PRETRAINED),
+          look=lambda curves: torch.tensor([pair for _, pair in sorted(curves.items())]), tolerance=1e-4)
 
 
 def test_exercise_11_a_kernel_that_waits_for_ever(source, tmp_path):
@@ -1877,12 +1816,7 @@ def test_exercise_11_a_kernel_that_waits_for_ever(source, tmp_path):
                     found |= {roles[int(warp[2:]) // 4]: ring for warp in warps.split()}
         return torch.tensor([text.count("wait_") == x[0].count("wait_") + 1, bool(found), found == x[1]])
 
-    judge(source, "without_a_wait", (text,), {
-        "that is a signal: without it others wait for ever, as they should": ("wait_empty", "signal_empty"),
-        "it ends in the orders tried here: which role can run two rounds ahead at the very start?": (
-            "s.kv", "s.asked"),
-        "it hangs, but elsewhere: what does hopper.py say?": ('"learner": "kv"', '"learner": "state"')},
-        torch.ones(3), look)
+    judge(source, "without_a_wait", (text,), torch.ones(3), look)
 
 
 def test_exercise_12_how_many_votes_are_a_difference(source):
@@ -1897,19 +1831,9 @@ def test_exercise_12_how_many_votes_are_a_difference(source):
     int, rounded up.
     """
     wins = torch.tensor([[0, 70, 40, 9], [30, 0, 33, 70], [8, 27, 0, 61], [1, 20, 39, 0]]).double()
-    judge(source, "elo", (wins,), {
-        "the odds are a power of 10": ("log10", "log"),
-        "whom one has won against counts": ("meetings.sum(-1)", "wins.mT.sum(-1)"),
-        "wins[i, j] are those of i": ("wins.sum(-1)", "wins.mT.sum(-1)"),
-        "only differences follow from votes; the mean is to be 1000": ("1000 + ", "")}, tolerance=1e-6)
-    judge(source, "elo_errors", (wins, 1000), {
-        "more resamples do not make the votes more": (".std(0)", ".std(0) / resamples ** 0.5"),
-        "one standard deviation, not an interval of 95%": (".std(0)", ".std(0) * 1.96")}, tolerance=0.1)
-    judge(source, "votes_needed", (1033, 999), {
-        "two standard errors": ("4 * p", "p"),
-        "the standard error is that of the share to expect, p, and not of 1/2": ("4 * p * (1 - p)", "1"),
-        "the odds are a power of 10": ("10 **", "math.e **"),
-        "an error falls with the root of the votes": ("/ apart ** 2", "** 0.5 / apart")})
+    judge(source, "elo", (wins,), tolerance=1e-6)
+    judge(source, "elo_errors", (wins, 1000), tolerance=0.1)
+    judge(source, "votes_needed", (1033, 999))
 
 
 def experiment(number):
@@ -1960,7 +1884,7 @@ def measure(call, repeats=3):
 def bench():
     """Seconds and peak MB, forward and backward: of the scan by backend, of a training step by layer."""
     gpu = torch.cuda.is_available()
-    print(torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads", torch.__version__)
+    print(torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads", torch.__version__)
     cpu = "cpu", torch.float32, ("autograd", "dual", "primal", "torch")
     cases = [(4, 64, 64, 1, 6400, *cpu), (4, 32, 64, 8, 352, *cpu)]
     if gpu:                                                   # 9 and 63 seconds of the real model
