@@ -15,24 +15,26 @@ import base64
 import itertools
 import json
 import os
+import random
 import sys
-import tempfile
 import time
-from dataclasses import astuple, dataclass, replace
+from collections import namedtuple
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import imageio
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as nnf
 from einops import rearrange, reduce, repeat
+from PIL import Image, ImageDraw
 
 import dataset
 from dataset import CHARACTER_COLOURS, CHARACTERS, FOURS, FRAMES, HEIGHT, PLACES, SEGMENT, TEST_SEEDS, check
-from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_noise, ddim, find_checkpoint,  # noqa: F401
-                        generate, guidance_scale, is_first, load_checkpoint, pick_device, read_facts,
-                        run_folder, save_checkpoint)
+from ttt_minute import (ASSETS, LAYERS, PRESETS, STAGES, Config, add_noise, find_checkpoint, generate,
+                        is_first, load_checkpoint, pick_device, read_facts, run_folder, save_checkpoint)
 
 # 1. Reading a video back --------------------------------------------------------------------------
 #
@@ -45,12 +47,9 @@ THERE = 0.035                   # mean squared error (of 0 ... 1) below which a 
 LIKE = 0.12                     # error of a pixel (of 0 ... 1) up to which it counts as drawn by the world
 
 
-@dataclass(frozen=True)
-class Track:
-    """A character in a segment, as it was seen."""
-    drawings: list              # FRAMES times (x, y, pose, facing right): its feet in picture heights
-    error: np.ndarray           # [FRAMES], how well its sprite fits
-    colour: str                 # the same in all drawings
+# A character in a segment, as it was seen: FRAMES times (x, y, pose, facing right), its feet in picture
+# heights; how well its sprite fits, [FRAMES]; and its colour, the same in all drawings.
+Track = namedtuple("Track", "drawings error colour")
 
 
 def half(pictures):
@@ -60,9 +59,10 @@ def half(pictures):
 
 @lru_cache(maxsize=None)
 def backgrounds():
-    """Every room with every wall and furniture: [(name, Room)] and float32 [n, 64, 96, 3] of 0 ... 1."""
+    """Every room with every wall and furniture: [(room, wall, furniture, its colour)] and their pictures,
+    float32 [n, 64, 96, 3] of 0 ... 1."""
     names = dataset.ROOMS, dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS
-    known = [(name, dataset.Room(*hidden)) for name, *hidden in itertools.product(*names)]
+    known = list(itertools.product(*names))
     return known, half([dataset.draw_background(*room) for room in known]) / 255
 
 
@@ -116,12 +116,12 @@ def draw(background, tracks):
 
 
 def read_segment(frames):
-    """uint8 frames [SEGMENT, 64, 96, 3] -> the room's name, what is hidden about it (a Room), {who: Track},
-    and the fraction of pixels that are as the world would draw all this."""
+    """uint8 frames [SEGMENT, 64, 96, 3] -> the room's name, what is hidden about it (wall, furniture, its
+    colour), {who: Track}, and the fraction of pixels that are as the world would draw all this."""
     known, rooms = backgrounds()
     error = np.abs(rooms - np.float32(np.median(frames, axis=0) / 255))
-    room, hidden = known[error.clip(max=0.3).mean((1, 2, 3)).argmin()]  # clipped: characters count little
-    background = dataset.draw_background(room, hidden)
+    room, *hidden = known[error.clip(max=0.3).mean((1, 2, 3)).argmin()]    # clipped: characters count little
+    background = dataset.draw_background(room, *hidden)
     pictures, tracks = frames[1::FOURS], {}                             # one frame of every drawing
     for who in sorted(CHARACTERS, reverse=True):                        # Pip is in front
         white, black = (half(draw(np.full_like(background, shade), tracks))[..., 0] for shade in (255, 0))
@@ -135,8 +135,7 @@ def read_segment(frames):
 AXES = "text following", "motion naturalness", "aesthetics", "temporal consistency"
 ROOM = "wall", "furniture", "furniture's colour"                        # what an episode hides about a room
 HIDDEN = dict(zip(ROOM, (dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS)))
-HIDDEN |= dict.fromkeys(CHARACTERS, CHARACTER_COLOURS)
-CHANCE = {name: 1 / len(values) for name, values in HIDDEN.items()}
+CHANCE = {name: 1 / len(HIDDEN.get(name, CHARACTER_COLOURS)) for name in (*ROOM, *CHARACTERS)}
 
 
 def deed(drawings):
@@ -175,7 +174,7 @@ def evaluate(frames, episode):
         scene = episode.scenes[segment.scene]
         truth = scene.drawings[FRAMES * (i - scene.first) + 1:][:FRAMES]
         room, hidden, tracks, drawn = read_segment(frames[SEGMENT * i + 1:SEGMENT * (i + 1) + 1])
-        right, shown = [room == scene.room], {scene.room: dict(zip(ROOM, astuple(hidden)))}
+        right, shown = [room == scene.room], {scene.room: dict(zip(ROOM, hidden))}
         for who in CHARACTERS:
             there, cast = np.mean(tracks[who].error < THERE) > 0.5, who in scene.cast
             right.append(there == cast)
@@ -210,13 +209,12 @@ def mean_and_error(values):
 
 def stories_that_return(segments, videos):
     """Held-out episodes whose last scene is one segment in a place that was seen before."""
-    found, seeds = [], itertools.count(TEST_SEEDS)
-    while len(found) < videos:
-        episode = dataset.episode(next(seeds), segments)
+    def comes_back(episode):
         *before, last = episode.scenes
-        if last.segments == 1 and last.room in [scene.room for scene in before]:
-            found.append(episode)
-    return found
+        return last.segments == 1 and last.room in [scene.room for scene in before]
+
+    episodes = (dataset.episode(seed, segments) for seed in itertools.count(TEST_SEEDS))
+    return list(itertools.islice(filter(comes_back, episodes), videos))
 
 
 def other_pasts(episode, stranger):
@@ -269,23 +267,20 @@ def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(640,
 # 4. Scoring a layer, and comparing several --------------------------------------------------------
 
 
-def score(model, codec, text_encoder, segments, seeds, path, **settings):
-    """Samples and scores the held-out storyboards of some seeds, and writes the videos, the first to path.
-    Returns {"scores", "returns", "memory"} for print_table, and the first video's frames."""
-    found = dict(scores=[], returns=[], memory=memory_in_loss(model, codec, text_encoder, segments))
-    for seed in seeds:
+def score(model, codec, text_encoder, segments, seeds, files, **settings):
+    """Samples held-out storyboards of some seeds into mp4 files and scores them. Returns {"scores",
+    "returns", "memory"} for `summary`, and the first video's frames."""
+    memory, videos = memory_in_loss(model, codec, text_encoder, segments), []
+    found = dict(scores=[], returns=[], memory=memory)
+    for seed, file in zip(seeds, files):
         episode = dataset.episode(TEST_SEEDS + seed, segments)
         text, _ = dataset.embed(episode.segments, text_encoder, "held-out storyboard")
-        frames = codec.decode(generate(model, text, seed=seed, **settings))
-        scores, returns = evaluate(frames, episode)
+        videos.append(codec.decode(generate(model, text, seed=seed, **settings)))
+        dataset.save_video(videos[-1], episode.segments, file)
+        scores, returns = evaluate(videos[-1], episode)
         found["scores"].append(scores)
         found["returns"] += returns
-        if seed == seeds[0]:
-            first = frames
-            dataset.save_video(frames, episode.segments, path)
-        else:
-            dataset.write_video(path.with_stem(f"evaluation-{seed}"), frames)
-    return found, first
+    return found, videos[0]
 
 
 def summary(found):
@@ -297,20 +292,18 @@ def summary(found):
     for kind, names in ("rooms", dataset.ROOMS), ("characters", CHARACTERS):
         for line, low, high in ("1-4 segments", 1, 4), ("5 and more", 5, np.inf):
             same = [back for what, after, back in found["returns"] if what in names and low <= after <= high]
-            lines[f"{kind} after {line}"] = f"{np.mean(same):.3f} ({len(same)})" if same else "-"
+            lines[f"{kind} after {line}"] = f"{mean_and_error(same)[0]:.3f} ({len(same)})"
     for t, losses in found["memory"].items():
         lines |= {f"{name} at t {t}": "%+.4f +- %.4f" % value for name, value in losses.items()}
     return {line: text.replace(" +- nan", "").replace("nan", "-") for line, text in lines.items()}
 
 
-def print_table(found):
-    """{layer: what was found}, one column per layer."""
-    columns = {layer: summary(own) for layer, own in found.items()}
-    print(f"{'':<34}" + "".join(f"{layer:>19}" for layer in columns))
-    for line in next(iter(columns.values())):
-        print(f"{line:<34}" + "".join(f"{column[line]:>19}" for column in columns.values()))
-    print("+-: standard error over videos; in brackets: how many returns were seen; loss: of a last scene\n"
-          "in a place seen before, and how much it rises when the scenes before it had other colours")
+def print_table(columns, note):
+    """{head: {line: text}}, all with the same lines, and a note below."""
+    for line in ("", *next(iter(columns.values()))):
+        cells = [column[line] if line else head for head, column in columns.items()]
+        print(f"{line:<34}" + "".join(f"{cell:>22}" for cell in cells))
+    print(note)
 
 
 def plot_consistency(found, path):
@@ -325,26 +318,18 @@ def plot_consistency(found, path):
         axes.locator_params(axis="x", integer=True)
 
 
-def captioned(name, picture):
-    """A picture uint8 [h, w, 3] with its name above it."""
-    from PIL import Image, ImageDraw
-    caption = Image.new("RGB", (picture.shape[1], 16), "white")
-    ImageDraw.Draw(caption).text((4, 2), name, fill="black")
-    return np.concatenate([np.asarray(caption), picture])
-
-
 def side_by_side(videos, folder):
-    """The same story by several layers, {layer: uint8 frames [n, h, w, 3]}: comparison.png has one row per
-    layer and one picture per segment, comparison.gif plays them side by side."""
-    from PIL import Image
-    videos = {layer: dataset.resize(video[1::FOURS], 192 / video.shape[2]) for layer, video in videos.items()}
-    rows = [captioned(layer, np.hstack(frames[FRAMES // 2::FRAMES])) for layer, frames in videos.items()]
-    with dataset.atomic(folder / "comparison.png") as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary)
-    moments = list(zip(*videos.values()))
-    moments = moments[::max(1, len(moments) // 72)]                     # long stories run faster
-    pictures = [np.hstack([captioned(*named) for named in zip(videos, moment)]) for moment in moments]
-    dataset.save_gif(pictures, folder / "comparison.gif")
+    """The same story by several layers, {layer: uint8 frames [n, h, w, 3]}, in columns: comparison.gif plays
+    it, comparison.png has one picture a segment."""
+    films = [dataset.resize(video[1::FOURS], 192 / video.shape[2]) for video in videos.values()]
+    films = np.concatenate(films, axis=2)
+    head = Image.new("RGB", (films.shape[2], 16), "white")
+    for column, layer in enumerate(videos):
+        ImageDraw.Draw(head).text((192 * column + 4, 2), layer, fill="black")
+    imageio.imwrite(folder / "comparison.png", np.concatenate([head, *films[FRAMES // 2::FRAMES]]))
+    moments = films[::max(1, len(films) // 72)]                         # long stories run faster
+    pictures = [np.concatenate([head, moment]) for moment in moments]
+    imageio.mimwrite(folder / "comparison.gif", pictures, duration=2000 / dataset.FPS, loop=0)
 
 
 # 5. People (4.2) ----------------------------------------------------------------------------------
@@ -374,74 +359,28 @@ def elo_errors(wins, resamples=200, shared=0.0):
 def print_elo(path):
     """--elo: the paper's table from what vote.html saved: a row a layer, a column an axis and one for all."""
     with dataset.reading(path):
-        votes = json.loads(Path(path).read_text())
+        votes = json.loads(path.read_text())
         layers = sorted({layer for vote in votes for layer in (vote["winner"], vote["loser"])})
         wins = torch.zeros(len(AXES), len(layers), len(layers), dtype=torch.float64)
         for vote in votes:
             wins[AXES.index(vote["axis"]), layers.index(vote["winner"]), layers.index(vote["loser"])] += 1
-    wins = torch.cat([wins, wins.sum(0, keepdim=True)])
-    columns = [(elo(own, 0.5).tolist(), elo_errors(own, shared=0.5).tolist()) for own in wins]
-    print(f"{'layer':<16}" + "".join(f"{name:>21}" for name in (*AXES, "all axes")))
-    for i, layer in enumerate(layers):
-        cells = [f"{scores[i]:>14.0f} +- {errors[i]:>3.0f}" for scores, errors in columns]
-        print(f"{layer:<16}" + "".join(cells))
-    print(f"{len(votes)} votes; +-: standard deviation over 200 bootstrap resamples of the votes")
-
-
-VOTE_PAGE = """<!doctype html><meta charset="utf-8"><title>vote</title>
-<style>body { font: 18px sans-serif; text-align: center } video { width: 45vw } b { font-size: 26px }</style>
-<h3 id="question"></h3>
-<video id="left" loop muted autoplay></video> <video id="right" loop muted autoplay></video>
-<p><b>&larr;</b> left is better &nbsp; <b>&rarr;</b> right is better &nbsp; <b>space</b> from the start
-&nbsp; <b>backspace</b> undo &nbsp; <b>S</b> save votes.json</p><p id="count"></p><p id="text"></p>
-<script>
-const axes = %AXES%, texts = %TEXTS%, videos = %VIDEOS%, votes = [], pairs = [], layers = Object.keys(videos);
-for (const axis of axes) for (const i in layers) for (const j in layers) if (i < j)
-  videos[layers[i]].forEach((_, story) => {
-    const pair = [layers[i], layers[j]];
-    pairs.push({axis, story, pair: Math.random() < .5 ? pair : pair.reverse(), at: Math.random()});
-  });
-pairs.sort((a, b) => a.at - b.at);
-const $ = id => document.getElementById(id), sides = [$("left"), $("right")];
-function show() {
-  const {axis, story, pair} = pairs[votes.length] || {};
-  $("question").textContent = pair ? "Better in " + axis + "?" : "Thank you. Press S to save.";
-  $("count").textContent = votes.length + " of " + pairs.length + " votes";
-  $("text").textContent = pair && texts[story] || "";
-  sides.forEach((video, side) => {
-    video.hidden = !pair;
-    if (pair) video.src = videos[pair[side]][story];
-  });
-}
-function save() {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(votes, null, 1)], {type: "application/json"}));
-  link.download = "votes.json";
-  link.click();
-}
-document.onkeydown = event => {
-  const {axis, story, pair} = pairs[votes.length] || {};
-  const side = ["ArrowLeft", "ArrowRight"].indexOf(event.key);
-  if (event.repeat) return;
-  if (pair && side >= 0) votes.push({axis, story, winner: pair[side], loser: pair[1 - side]});
-  else if (event.key == "Backspace") votes.pop();
-  else if (event.key == " ") return sides.forEach(video => video.currentTime = 0);
-  else return event.key.toLowerCase() == "s" && save();
-  show();
-};
-show()</script>"""
+    columns = {}
+    for name, own in zip((*AXES, "all axes"), (*wins, wins.sum(0))):
+        pairs = zip(elo(own, 0.5).tolist(), elo_errors(own, shared=0.5).tolist())
+        columns[name] = dict(zip(layers, ["%.0f +- %3.0f" % pair for pair in pairs]))
+    print_table(columns, f"{len(votes)} votes; +-: standard deviation over 200 bootstrap resamples of them")
 
 
 def write_vote_page(videos, path, texts=()):
     """A page that asks people: blind pairs of {layer: mp4 files, one a story} in random order, four axes."""
-    def inside(file):
-        return "data:video/mp4;base64," + base64.b64encode(Path(file).read_bytes()).decode()
-
-    page, videos = VOTE_PAGE, {layer: [*map(inside, files)] for layer, files in videos.items()}
-    for name, value in ("AXES", AXES), ("VIDEOS", videos), ("TEXTS", texts):
-        page = page.replace(f"%{name}%", json.dumps(value).replace("<", "\\u003c"))
-    with dataset.atomic(path) as temporary:
-        temporary.write_text(page)
+    inside = lambda file: "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+    videos, page = {layer: [*map(inside, files)] for layer, files in videos.items()}, ASSETS / "vote.html"
+    stories = range(len(next(iter(videos.values()))))
+    asked = itertools.product(AXES, stories, itertools.combinations(videos, 2))
+    pairs = [dict(axis=axis, story=story, pair=random.sample(pair, 2)) for axis, story, pair in asked]
+    random.shuffle(pairs)
+    facts = json.dumps([pairs, texts, videos]).replace("<", "\\u003c")
+    path.write_text(page.read_text().replace("%FACTS%", facts))
 
 
 # 6. The command line ------------------------------------------------------------------------------
@@ -459,7 +398,8 @@ def parse_arguments():
     add("--out", type=Path, metavar="FILE", help="the video (default OUT_DIR/PRESET-LAYER/STAGE/video.mp4)")
     add("--out_dir", type=Path, default="out", metavar="DIR", help="where runs were written (default out)")
     add("--seed", type=dataset.seed_number, default=0, help="of the noise and the held-out storyboard")
-    add("--steps", type=count, default=50, help="DDIM steps, at most 1000 (default 50)")
+    add("--train_seed", type=dataset.seed_number, default=0, help="of the training run to open (default 0)")
+    add("--steps", type=dataset.whole_number(1, 1000), default=50, help="DDIM steps (default 50)")
     add("--guidance", type=dataset.finite, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"))
     add("--negative", metavar="TEXT", help="what to move away from, where the storyboard names nothing")
     add("--evaluate", action="store_true", help="score held-out storyboards on the paper's four axes")
@@ -475,62 +415,54 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def open_stage(args, layer, device):
+def open_stage(args, config, device):
     """A trained stage: its file, its facts, and the codec and text encoder that it was trained with."""
-    config = Config(**PRESETS[args.preset] | dict(preset=args.preset, layer=layer))
     path = find_checkpoint(args.out_dir, config, args.stage)
-    check(path, f"{run_folder(args.out_dir, config, args.stage)} has no weights; train them with: "
-                f"python ttt_minute.py --preset {args.preset} --stage {args.stage} --layer {layer}")
+    seed = f" --seed {config.seed}" if config.seed else ""
+    check(path, f"{run_folder(args.out_dir, config, args.stage)} has no weights; train them with: python "
+                f"ttt_minute.py --preset {config.preset} --stage {args.stage} --layer {config.layer}{seed}")
     facts = read_facts(path)
-    size = 8 * facts["config"]["height"], 8 * facts["config"]["width"]
-    return path, facts, *dataset.open_encoders(args.vae, args.text_encoder, args.vae_scale, size,
+    return path, facts, *dataset.open_encoders(args.vae, args.text_encoder, args.vae_scale,
                                                facts["config"]["text_len"], device, facts["encoders"])
 
 
-def check_writable(path):
-    """OSError now, and not after an hour of sampling."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
-
-
-def compare(args, layers, segments, device):
-    """Scores those layers that are trained on the same storyboards and shows them together."""
+def compare(args, configs, segments, device):
+    """Scores those layers that are trained, by configs {layer: Config}, on the same stories, side by side."""
     opened, found, videos, files = {}, {}, {}, {}
-    for layer in layers:
+    for layer, config in configs.items():
         try:
-            opened[layer] = open_stage(args, layer, device)
+            opened[layer] = open_stage(args, config, device)
         except dataset.UserError as error:
-            check(args.compare, str(error))
             print(f"{layer} is left out: {error}", file=sys.stderr)
     check(opened, "no layer can be scored")
+    seeds = range(args.seed, args.seed + args.videos)
     for layer, (path, _, codec, text_encoder) in opened.items():
-        model = load_checkpoint(path).eval().to(device)
-        video = run_folder(args.out_dir, model.config, args.stage) / f"evaluation-{args.seed}.mp4"
-        check_writable(video)
-        seeds = range(args.seed, args.seed + args.videos)
-        files[layer] = [video.with_stem(f"evaluation-{seed}") for seed in seeds]
-        found[layer], videos[layer] = score(model, codec, text_encoder, segments, seeds, video,
-                                            steps=args.steps, guidance=args.guidance)
-    folder = args.out_dir / f"{args.preset}-comparison" / args.stage if args.compare else video.parent
-    with dataset.atomic(folder / ("comparison.json" if args.compare else "evaluation.json")) as temporary:
+        folder, model = run_folder(args.out_dir, configs[layer], args.stage), load_checkpoint(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        files[layer] = [folder / f"evaluation-{seed}.mp4" for seed in seeds]
+        found[layer], videos[layer] = score(model.eval().to(device), codec, text_encoder, segments, seeds,
+                                            files[layer], steps=args.steps, guidance=args.guidance)
+    if args.compare:
+        run = f"{args.preset}-comparison" + (f"-seed{args.train_seed}" if args.train_seed else "")
+        folder = args.out_dir / run / args.stage
+    with dataset.atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     plot_consistency(found, folder / "consistency.png")
-    print_table(found)
-    if args.compare:
-        side_by_side(videos, folder)
-        boards = [dataset.held_out(segments, seed) for seed in seeds]
-        texts = [" ".join(segment.text for segment in board) for board in boards]
-        write_vote_page(files, folder / "vote.html", texts)
-        print(f"look at comparison.png and comparison.gif, ask people with vote.html, in {folder}")
+    side_by_side(videos, folder)
+    boards = [dataset.held_out(segments, seed) for seed in seeds]
+    texts = [" ".join(segment.text for segment in board) for board in boards]
+    write_vote_page(files, folder / "vote.html", texts)
+    note = ("+-: standard error over videos; in brackets: how many returns were seen; loss: of a last scene\n"
+            "in a place seen before, and how much it rises when the scenes before it had other colours")
+    print_table({layer: summary(own) for layer, own in found.items()}, note)
+    print(f"look at comparison.png and comparison.gif, ask people with vote.html, in {folder}")
 
 
 def main():
     args = parse_arguments()
     if args.elo:
         return print_elo(args.elo)
-    check(args.steps <= 1000, f"--steps {args.steps}: there are 1000 noise levels")
     check(args.compare or not args.layers, "--layers needs --compare")
-    check(not (args.storyboard and args.segments), "--segments: a storyboard has its own")
     segments = args.segments or STAGES[args.stage].segments
     device = pick_device(args.device)
     place = lambda make: make().to(device)
@@ -538,22 +470,24 @@ def main():
         check(not (args.evaluate or args.compare or args.export), "torchrun: to sample a storyboard only")
         from appendix import devices
         device, place = devices.join(device, [], args.context_parallel, args.shard)
+    layers = (args.layers or LAYERS) if args.compare else [args.layer]
+    facts = PRESETS[args.preset] | dict(preset=args.preset, seed=args.train_seed)
+    configs = {layer: Config(**facts | dict(layer=layer)) for layer in layers}
     if args.evaluate or args.compare:
         check(args.preset == "pocket", "only videos of the pocket world can be read back")
         check(segments >= 3, "rooms return in stories of 3 segments or more: --stage 9s, or --segments 3")
-        layers = (args.layers or LAYERS) if args.compare else [args.layer]
-        return compare(args, layers, segments, device)
+        return compare(args, configs, segments, device)
 
-    config = Config(preset=args.preset, layer=args.layer)
+    config = configs[args.layer]
     out = args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4"
     check(out.suffix == ".mp4" and not out.is_dir(), f"--out {out}: must be a file that ends in .mp4")
-    check_writable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     where = args.storyboard or "held-out storyboard"
     boards = dataset.parse_storyboard(where) if args.storyboard else [dataset.held_out(segments, args.seed)]
     boards = [[replace(s, negative=s.negative or args.negative) for s in board] for board in boards]
     texts = [None] * len(boards)
     if is_first():
-        path, facts, codec, text_encoder = open_stage(args, args.layer, device)
+        path, facts, codec, text_encoder = open_stage(args, config, device)
         if args.export:
             facts = {name: fact for name, fact in facts.items() if name != "config"}
             save_checkpoint(load_checkpoint(path).half(), args.export, **facts)
