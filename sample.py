@@ -5,6 +5,7 @@
     python sample.py --stage 9s --storyboard story.txt --out video.mp4  # your own: Format 3, JSON or JSONL
     python sample.py --stage 9s --evaluate                              # the paper's four axes, in pixels
     python sample.py --stage 18s --compare --layers local ttt_mlp       # trained layers side by side
+    python sample.py --stage 18s --compare --train_seed 1               # those of ttt_minute.py --seed 1
 
 Writes the video as mp4 and GIF, and a contact sheet as PNG: one row per scene, each frame with its time.
 The sampler, `ddim` and `generate`, stands beside the training loss in ttt_minute.py.
@@ -36,8 +37,8 @@ from dataset import CHARACTER_COLOURS, CHARACTERS, FOURS, FRAMES, HEIGHT, PLACES
 from ttt_minute import (ASSETS, LAYERS, PRESETS, STAGES, Config, add_noise, find_checkpoint, generate,
                         is_first, load_checkpoint, pick_device, read_facts, run_folder, save_checkpoint)
 
+
 # 1. Reading a video back --------------------------------------------------------------------------
-#
 # The pocket world is drawn from known shapes, so a video of it can be read back: which room, wall and
 # furniture the median picture of a segment fits best, and which sprite, in which pose and colour, fits
 # best where in every drawing (one per latent frame).
@@ -46,16 +47,13 @@ POSES = "stand air walk0 walk1 walk2 walk3 wave0 wave1 wave2 wave3".split()
 THERE = 0.035                   # mean squared error (of 0 ... 1) below which a sprite counts as seen
 LIKE = 0.12                     # error of a pixel (of 0 ... 1) up to which it counts as drawn by the world
 
-
-# A character in a segment, as it was seen: FRAMES times (x, y, pose, facing right), its feet in picture
-# heights; how well its sprite fits, [FRAMES]; and its colour, the same in all drawings.
+# Somebody in a segment: FRAMES times (x, y, pose, facing right), feet in picture heights; how well the sprite
+# fits, [FRAMES]; the colour, the same in all drawings.
 Track = namedtuple("Track", "drawings error colour")
-
 
 def half(pictures):
     """float32 [..., h, w, c] at half the size."""
     return reduce(np.float32(pictures), "... (h a) (w b) c -> ... h w c", "mean", a=2, b=2)
-
 
 @lru_cache(maxsize=None)
 def backgrounds():
@@ -64,7 +62,6 @@ def backgrounds():
     names = dataset.ROOMS, dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS
     known = list(itertools.product(*names))
     return known, half([dataset.draw_background(*room) for room in known]) / 255
-
 
 @lru_cache(maxsize=None)
 def sprites(who):
@@ -77,7 +74,6 @@ def sprites(who):
     paint, clear = (rearrange(torch.from_numpy(x), "K h w c -> K c h w") for x in (paint, clear))
     mask = (clear < 0.5).float()
     return keys, paint / (1 - clear).clamp_min(0.5) * mask, mask
-
 
 @torch.no_grad()
 def read_track(pictures, who, view):
@@ -104,7 +100,6 @@ def read_track(pictures, who, view):
     drawings = [(*feet, pose, right) for *feet, (_, pose, right) in zip(x, y, found)]
     return Track(drawings, best.values[colour].numpy(), found[0][0])
 
-
 def draw(background, tracks):
     """uint8 [FRAMES, 128, 192, 3]: a room, and everybody where they were seen."""
     pictures = repeat(background, "h w c -> n h w c", n=FRAMES).copy()
@@ -113,7 +108,6 @@ def draw(background, tracks):
         seen = {who: track.drawings[n] for who, track in tracks.items() if track.error[n] < THERE}
         dataset.paste(picture, seen, colours)
     return pictures
-
 
 def read_segment(frames):
     """uint8 frames [SEGMENT, 64, 96, 3] -> the room's name, what is hidden about it (wall, furniture, its
@@ -137,7 +131,6 @@ ROOM = "wall", "furniture", "furniture's colour"                        # what a
 HIDDEN = dict(zip(ROOM, (dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS)))
 CHANCE = {name: 1 / len(HIDDEN.get(name, CHARACTER_COLOURS)) for name in (*ROOM, *CHARACTERS)}
 
-
 def deed(drawings):
     """What somebody does in a segment, as the text would say it: (verb, from where, to where)."""
     x, y, poses, _ = map(np.array, zip(*drawings))
@@ -150,7 +143,6 @@ def deed(drawings):
         return "jump", start, end
     return "wave" if sum(pose.startswith("wave") for pose in poses) > FRAMES / 4 else "stand", start, end
 
-
 def natural(track):
     """Fraction of the steps between drawings in which a character neither vanishes, nor moves farther than it
     can run or jump, nor jitters."""
@@ -159,10 +151,8 @@ def natural(track):
     back = (dx[1:] * dx[:-1] < 0) & (np.minimum(np.abs(dx[1:]), np.abs(dx[:-1])) > 0.02)
     return np.mean(there[1:] & there[:-1] & ~far & ~np.append(False, back))
 
-
 def evaluate(frames, episode):
     """Reads a video of an episode, uint8 frames [SEGMENT S + 1, h, w, 3]. Returns
-
     scores    {name: 0 ... 1}: the four axes, then how often each hidden attribute was as it had been when its
               room or character was first seen (nan where nothing returned)
     returns   [(room or character, segments since first seen, fraction of its attributes that came back)]
@@ -195,27 +185,24 @@ def evaluate(frames, episode):
                 returns.append((what, i - then, float(consistency[-1])))
     return {name: mean_and_error(values)[0] for name, values in scores.items()}, returns
 
-
 def mean_and_error(values):
     """The mean of all that is not nan, and its standard error; nan where there is too little."""
-    values = np.array(values, float)
-    values = values[~np.isnan(values)]
+    values = [float(value) for value in values if not np.isnan(value)]
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
     return float(np.mean(values)) if len(values) else np.nan, float(error)
 
 
 # 3. Memory, read from the loss --------------------------------------------------------------------
 
-
 def stories_that_return(segments, videos):
     """Held-out episodes whose last scene is one segment in a place that was seen before."""
-    def comes_back(episode):
+    found, seeds = [], itertools.count(TEST_SEEDS)
+    while len(found) < videos:
+        episode = dataset.episode(next(seeds), segments)
         *before, last = episode.scenes
-        return last.segments == 1 and last.room in [scene.room for scene in before]
-
-    episodes = (dataset.episode(seed, segments) for seed in itertools.count(TEST_SEEDS))
-    return list(itertools.islice(filter(comes_back, episodes), videos))
-
+        if last.segments == 1 and last.room in [scene.room for scene in before]:
+            found.append(episode)
+    return found
 
 def other_pasts(episode, stranger):
     """The same story with other colours: {what is different: Episode}."""
@@ -228,7 +215,6 @@ def other_pasts(episode, stranger):
             "rooms exchanged": replace(episode, rooms=rooms),
             "characters recoloured": replace(episode, colours=dict(zip(episode.colours, free))),
             "characters swapped": replace(episode, colours=dict(zip(episode.colours, colours[::-1])))}
-
 
 @torch.no_grad()
 def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(640, 760, 880)):
@@ -266,12 +252,11 @@ def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(640,
 
 # 4. Scoring a layer, and comparing several --------------------------------------------------------
 
-
 def score(model, codec, text_encoder, segments, seeds, files, **settings):
     """Samples held-out storyboards of some seeds into mp4 files and scores them. Returns {"scores",
     "returns", "memory"} for `summary`, and the first video's frames."""
-    memory, videos = memory_in_loss(model, codec, text_encoder, segments), []
-    found = dict(scores=[], returns=[], memory=memory)
+    found, videos = dict(scores=[], returns=[]), []
+    found["memory"] = memory_in_loss(model, codec, text_encoder, segments)
     for seed, file in zip(seeds, files):
         episode = dataset.episode(TEST_SEEDS + seed, segments)
         text, _ = dataset.embed(episode.segments, text_encoder, "held-out storyboard")
@@ -281,7 +266,6 @@ def score(model, codec, text_encoder, segments, seeds, files, **settings):
         found["scores"].append(scores)
         found["returns"] += returns
     return found, videos[0]
-
 
 def summary(found):
     """A column of the table, {line: text}."""
@@ -297,7 +281,6 @@ def summary(found):
         lines |= {f"{name} at t {t}": "%+.4f +- %.4f" % value for name, value in losses.items()}
     return {line: text.replace(" +- nan", "").replace("nan", "-") for line, text in lines.items()}
 
-
 def print_table(columns, note):
     """{head: {line: text}}, all with the same lines, and a note below."""
     for line in ("", *next(iter(columns.values()))):
@@ -305,18 +288,16 @@ def print_table(columns, note):
         print(f"{line:<34}" + "".join(f"{cell:>22}" for cell in cells))
     print(note)
 
-
 def plot_consistency(found, path):
     """Temporal consistency against the segments since the first appearance, one line per layer."""
-    labels = dict(xlabel="segments since the first appearance", ylabel="hidden attributes that came back")
-    with dataset.plot(path, ylim=(0, 1.03), **labels) as axes:
+    with dataset.plot(path, ylim=(0, 1.03), xlabel="segments since the first appearance",
+                      ylabel="hidden attributes that came back") as axes:
         for layer, own in found.items():
             distances = sorted({after for _, after, _ in own["returns"]})
             means = [np.mean([back for _, after, back in own["returns"] if after == d]) for d in distances]
             axes.plot(distances, means, marker="o", label=layer)
         axes.axhline(np.mean([CHANCE[name] for name in ROOM]), color="0.6", linestyle=":", label="chance")
         axes.locator_params(axis="x", integer=True)
-
 
 def side_by_side(videos, folder):
     """The same story by several layers, {layer: uint8 frames [n, h, w, 3]}, in columns: comparison.gif plays
@@ -327,13 +308,12 @@ def side_by_side(videos, folder):
     for column, layer in enumerate(videos):
         ImageDraw.Draw(head).text((192 * column + 4, 2), layer, fill="black")
     imageio.imwrite(folder / "comparison.png", np.concatenate([head, *films[FRAMES // 2::FRAMES]]))
-    moments = films[::max(1, len(films) // 72)]                         # long stories run faster
-    pictures = [np.concatenate([head, moment]) for moment in moments]
+    films = films[::max(1, len(films) // 72)]                           # long stories run faster
+    pictures = [np.concatenate([head, film]) for film in films]
     imageio.mimwrite(folder / "comparison.gif", pictures, duration=2000 / dataset.FPS, loop=0)
 
 
 # 5. People (4.2) ----------------------------------------------------------------------------------
-
 
 def elo(wins, shared=0.0):
     """Scores [..., n] with mean 1000, from wins [..., n, n], how often i was preferred to j: the maximum
@@ -347,14 +327,12 @@ def elo(wins, shared=0.0):
         strength = strength / strength.log().mean(-1, keepdim=True).exp()
     return 1000 + 400 * strength.log10()
 
-
 def elo_errors(wins, resamples=200, shared=0.0):
     """Standard deviation [n] of elo if each pair's votes are drawn again with replacement: the bootstrap."""
     votes = (wins + wins.mT).expand(resamples, *wins.shape)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.binomial(votes, (wins / votes).nan_to_num(), generator=generator).triu(1)
     return elo(drawn + (votes.triu(1) - drawn).mT, shared).std(0)
-
 
 def print_elo(path):
     """--elo: the paper's table from what vote.html saved: a row a layer, a column an axis and one for all."""
@@ -368,15 +346,13 @@ def print_elo(path):
     for name, own in zip((*AXES, "all axes"), (*wins, wins.sum(0))):
         pairs = zip(elo(own, 0.5).tolist(), elo_errors(own, shared=0.5).tolist())
         columns[name] = dict(zip(layers, ["%.0f +- %3.0f" % pair for pair in pairs]))
-    print_table(columns, f"{len(votes)} votes; +-: standard deviation over 200 bootstrap resamples of them")
-
+    print_table(columns, f"{len(votes)} votes; +-: standard deviation over 200 bootstrap resamples")
 
 def write_vote_page(videos, path, texts=()):
     """A page that asks people: blind pairs of {layer: mp4 files, one a story} in random order, four axes."""
     inside = lambda file: "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
     videos, page = {layer: [*map(inside, files)] for layer, files in videos.items()}, ASSETS / "vote.html"
-    stories = range(len(next(iter(videos.values()))))
-    asked = itertools.product(AXES, stories, itertools.combinations(videos, 2))
+    asked = itertools.product(AXES, range(min(map(len, videos.values()))), itertools.combinations(videos, 2))
     pairs = [dict(axis=axis, story=story, pair=random.sample(pair, 2)) for axis, story, pair in asked]
     random.shuffle(pairs)
     facts = json.dumps([pairs, texts, videos]).replace("<", "\\u003c")
@@ -385,10 +361,8 @@ def write_vote_page(videos, path, texts=()):
 
 # 6. The command line ------------------------------------------------------------------------------
 
-
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Turns a storyboard into a video with a trained stage.",
-                                     epilog="example: sample.py --segments 3", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Films a storyboard by a trained stage.", allow_abbrev=False)
     add, count = parser.add_argument, dataset.positive
     add("--stage", choices=STAGES, default="63s", help="the stage that was trained (default 63s)")
     add("--preset", choices=PRESETS, default="pocket")
@@ -414,17 +388,14 @@ def parse_arguments():
     add("--shard", type=count, metavar="N", help="torchrun: N processes share the weights (default all)")
     return parser.parse_args()
 
-
 def open_stage(args, config, device):
     """A trained stage: its file, its facts, and the codec and text encoder that it was trained with."""
     path = find_checkpoint(args.out_dir, config, args.stage)
-    seed = f" --seed {config.seed}" if config.seed else ""
-    check(path, f"{run_folder(args.out_dir, config, args.stage)} has no weights; train them with: python "
-                f"ttt_minute.py --preset {config.preset} --stage {args.stage} --layer {config.layer}{seed}")
+    check(path, f"{run_folder(args.out_dir, config, args.stage)} has no weights; train: python ttt_minute.py "
+                f"--preset {config.preset} --stage {args.stage} --layer {config.layer} --seed {config.seed}")
     facts = read_facts(path)
     return path, facts, *dataset.open_encoders(args.vae, args.text_encoder, args.vae_scale,
                                                facts["config"]["text_len"], device, facts["encoders"])
-
 
 def compare(args, configs, segments, device):
     """Scores those layers that are trained, by configs {layer: Config}, on the same stories, side by side."""
@@ -443,8 +414,7 @@ def compare(args, configs, segments, device):
         found[layer], videos[layer] = score(model.eval().to(device), codec, text_encoder, segments, seeds,
                                             files[layer], steps=args.steps, guidance=args.guidance)
     if args.compare:
-        run = f"{args.preset}-comparison" + (f"-seed{args.train_seed}" if args.train_seed else "")
-        folder = args.out_dir / run / args.stage
+        folder = run_folder(args.out_dir, replace(configs[layer], layer="comparison"), args.stage)
     with dataset.atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     plot_consistency(found, folder / "consistency.png")
@@ -456,7 +426,6 @@ def compare(args, configs, segments, device):
             "in a place seen before, and how much it rises when the scenes before it had other colours")
     print_table({layer: summary(own) for layer, own in found.items()}, note)
     print(f"look at comparison.png and comparison.gif, ask people with vote.html, in {folder}")
-
 
 def main():
     args = parse_arguments()
@@ -489,7 +458,6 @@ def main():
     if is_first():
         path, facts, codec, text_encoder = open_stage(args, config, device)
         if args.export:
-            facts = {name: fact for name, fact in facts.items() if name != "config"}
             save_checkpoint(load_checkpoint(path).half(), args.export, **facts)
             return print(f"{args.export}: {path} in half precision")
         texts = [dataset.embed(board, text_encoder, where) for board in boards]
