@@ -611,7 +611,9 @@ def load_pretrained(kind, folder, part, device=None):
     if device is None:
         return kind.from_pretrained(str(folder), **settings)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    network = kind.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True, **settings)
+    settings |= dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+    network, found = kind.from_pretrained(str(folder), **settings)
+    assert not found["missing_keys"], f"it lacks {min(found['missing_keys'])}"
     return network.to(device).eval().requires_grad_(False)
 
 class CogVideoXCodec:
@@ -651,6 +653,7 @@ class T5Text:
             from transformers import AutoTokenizer, T5EncoderModel
             self.model = load_pretrained(T5EncoderModel, folder, "text_encoder", device)
             self.tokenizer = load_pretrained(AutoTokenizer, folder, "tokenizer")
+            assert len({*self.tokenizer("a cat and a mouse")["input_ids"]}) > 3, "it has no words"
         self.length, self.dim = length, self.model.config.d_model
         self.name = f"t5-{length}x{self.dim}"
         self.tokenizer.add_tokens([START, END], special_tokens=True)
@@ -785,7 +788,7 @@ def read_cuts(board):
 
 def read_frames(video, start, height, width):
     """uint8 [49, height, width, 3], a segment and the frame after it, from frame `start` at 16 fps on, in
-    square pixels: scaled to cover the size, then cropped around the centre."""
+    square pixels: scaled to cover the size, then cropped around the centre. UserError if ffmpeg cannot."""
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)       # it warns of every change of size
     exact = "area+accurate_rnd+full_chroma_int+full_chroma_inp"       # the default halves colours' resolution
     filters = (f"fps={FPS}:start_time=0,scale=w='max({width},{height}*dar)':h='max({height},{width}/dar)':"

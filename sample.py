@@ -7,8 +7,7 @@
     python sample.py --stage 18s --compare --layers local ttt_mlp       # trained layers side by side
     python sample.py --stage 18s --compare --train_seed 1               # those of ttt_minute.py --seed 1
 
-Writes the video as mp4 and GIF, and a contact sheet as PNG: one row per scene, each frame with its time.
-The sampler, `ddim` and `generate`, stands beside the training loss in ttt_minute.py.
+Writes mp4, GIF and a contact sheet, one row per scene. The sampler stands in ttt_minute.py: `generate`.
 """
 
 import argparse
@@ -252,15 +251,16 @@ def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(640,
 
 # 4. Scoring a layer, and comparing several --------------------------------------------------------
 
-def score(model, codec, text_encoder, segments, seeds, files, **settings):
+def score(args, model, codec, text_encoder, segments, seeds, files):
     """Samples held-out storyboards of some seeds into mp4 files and scores them. Returns {"scores",
     "returns", "memory"} for `summary`, and the first video's frames."""
-    found, videos = dict(scores=[], returns=[]), []
-    found["memory"] = memory_in_loss(model, codec, text_encoder, segments)
+    memory, videos = memory_in_loss(model, codec, text_encoder, segments), []
+    found = dict(scores=[], returns=[], memory=memory)
     for seed, file in zip(seeds, files):
         episode = dataset.episode(TEST_SEEDS + seed, segments)
         text, _ = dataset.embed(episode.segments, text_encoder, "held-out storyboard")
-        videos.append(codec.decode(generate(model, text, seed=seed, **settings)))
+        latents = generate(model, text, seed=seed, steps=args.steps, guidance=args.guidance)
+        videos.append(codec.decode(latents))
         dataset.save_video(videos[-1], episode.segments, file)
         scores, returns = evaluate(videos[-1], episode)
         found["scores"].append(scores)
@@ -398,34 +398,35 @@ def open_stage(args, config, device):
                                                facts["config"]["text_len"], device, facts["encoders"])
 
 def compare(args, configs, segments, device):
-    """Scores those layers that are trained, by configs {layer: Config}, on the same stories, side by side."""
+    """Scores those layers that are trained, by configs, on the same stories, and shows them side by side."""
     opened, found, videos, files = {}, {}, {}, {}
-    for layer, config in configs.items():
+    for config in configs:
         try:
-            opened[layer] = open_stage(args, config, device)
+            opened[config] = open_stage(args, config, device)
         except dataset.UserError as error:
-            print(f"{layer} is left out: {error}", file=sys.stderr)
+            print(f"{config.layer} is left out: {error}", file=sys.stderr)
     check(opened, "no layer can be scored")
     seeds = range(args.seed, args.seed + args.videos)
-    for layer, (path, _, codec, text_encoder) in opened.items():
-        folder, model = run_folder(args.out_dir, configs[layer], args.stage), load_checkpoint(path)
+    for config, (path, _, codec, text_encoder) in opened.items():
+        folder, layer = run_folder(args.out_dir, config, args.stage), config.layer
         folder.mkdir(parents=True, exist_ok=True)
         files[layer] = [folder / f"evaluation-{seed}.mp4" for seed in seeds]
-        found[layer], videos[layer] = score(model.eval().to(device), codec, text_encoder, segments, seeds,
-                                            files[layer], steps=args.steps, guidance=args.guidance)
+        model = load_checkpoint(path).eval().to(device)
+        found[layer], videos[layer] = score(args, model, codec, text_encoder, segments, seeds, files[layer])
     if args.compare:
-        folder = run_folder(args.out_dir, replace(configs[layer], layer="comparison"), args.stage)
+        folder = run_folder(args.out_dir, replace(config, layer="comparison"), args.stage)
     with dataset.atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     plot_consistency(found, folder / "consistency.png")
     side_by_side(videos, folder)
-    boards = [dataset.held_out(segments, seed) for seed in seeds]
-    texts = [" ".join(segment.text for segment in board) for board in boards]
-    write_vote_page(files, folder / "vote.html", texts)
+    if args.compare:
+        boards = [dataset.held_out(segments, seed) for seed in seeds]
+        texts = [" ".join(segment.text for segment in board) for board in boards]
+        write_vote_page(files, folder / "vote.html", texts)
     note = ("+-: standard error over videos; in brackets: how many returns were seen; loss: of a last scene\n"
             "in a place seen before, and how much it rises when the scenes before it had other colours")
     print_table({layer: summary(own) for layer, own in found.items()}, note)
-    print(f"look at comparison.png and comparison.gif, ask people with vote.html, in {folder}")
+    print(f"look at comparison.png and comparison.gif, or ask people with vote.html, in {folder}")
 
 def main():
     args = parse_arguments()
@@ -439,15 +440,14 @@ def main():
         check(not (args.evaluate or args.compare or args.export), "torchrun: to sample a storyboard only")
         from appendix import devices
         device, place = devices.join(device, [], args.context_parallel, args.shard)
-    layers = (args.layers or LAYERS) if args.compare else [args.layer]
-    facts = PRESETS[args.preset] | dict(preset=args.preset, seed=args.train_seed)
-    configs = {layer: Config(**facts | dict(layer=layer)) for layer in layers}
+    run = dict(preset=args.preset, layer=args.layer, seed=args.train_seed)
+    config = Config(**PRESETS[args.preset] | run)
     if args.evaluate or args.compare:
         check(args.preset == "pocket", "only videos of the pocket world can be read back")
         check(segments >= 3, "rooms return in stories of 3 segments or more: --stage 9s, or --segments 3")
-        return compare(args, configs, segments, device)
+        layers = (args.layers or LAYERS) if args.compare else [args.layer]
+        return compare(args, [replace(config, layer=layer) for layer in layers], segments, device)
 
-    config = configs[args.layer]
     out = args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4"
     check(out.suffix == ".mp4" and not out.is_dir(), f"--out {out}: must be a file that ends in .mp4")
     out.parent.mkdir(parents=True, exist_ok=True)
