@@ -4,7 +4,6 @@
     python dataset.py --ingest videos --out data      # those, or your own videos, to latents and texts
     python dataset.py --ingest videos --out data --vae COGVIDEOX --text_encoder COGVIDEOX    # by CogVideoX's
     python dataset.py --storyboard 7 --segments 3     # a storyboard that training never sees, to edit
-    python dataset.py --train_codec                   # makes assets/pocket_codec.safetensors again
 
 Ingestion reads `NAME.mp4` (or what else ffmpeg reads) and beside it `NAME.json`, a list of scenes
 
@@ -29,21 +28,22 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import textwrap
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, groupby, islice
 from pathlib import Path
 
+import imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -55,34 +55,27 @@ SEGMENT = FPS * SECONDS     # 48 frames
 FOURS = 4                   # frames in a latent frame; the first frame of a video has one alone
 FRAMES = SEGMENT // FOURS   # 12 latent frames in a segment
 
-# 1. Errors and files --------------------------------------------------------------------------------------
 
+# 1. Errors and files --------------------------------------------------------------------------------------
 
 class UserError(ValueError):
     """The user's mistake in one sentence: what is wrong, where, what to do. Exit status 2."""
-
 
 def check(condition, sentence):
     if not condition:
         raise UserError(sentence)
 
+def warn(sentence):                 # above progress bars
+    tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 @contextmanager
 def reading(what):
     """Around everything that reads what a user named: any error inside becomes a UserError that names it."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
         raise UserError(f"{what}: cannot be read ({reason.splitlines()[0]})") from error
-
-
-def say(message):
-    """A line on stderr, above progress bars. Names of files need not be UTF-8."""
-    tqdm.write(message.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-
 
 def run_main(main):
     """Calls main() and exits: 0 done, 2 the user's mistake, 130 interrupted, 1 (and a traceback) our bug."""
@@ -92,11 +85,10 @@ def run_main(main):
     except BrokenPipeError:                                         # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, json.JSONDecodeError, SafetensorError) as error:
-        say(f"error: {error}")
+        tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
 
 def whole_number(low, high=2 ** 31 - 1, step=1):
     """argparse's type of whole numbers low, low + step ... high."""
@@ -106,20 +98,15 @@ def whole_number(low, high=2 ** 31 - 1, step=1):
         return int(text)
     return number
 
-
 positive, seed_number = whole_number(1), whole_number(0)
 
-
-def finite(text):
-    """argparse's type of numbers."""
+def finite(text):                   # argparse's type of numbers
     if not np.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
     return float(text)
 
-
 def short_hash(data):
     return hashlib.sha256(data).hexdigest()[:12]
-
 
 @contextmanager
 def atomic(path):
@@ -141,7 +128,6 @@ def atomic(path):
 
 START, END = "<start_scene>", "<end_scene>"
 
-
 @dataclass(frozen=True)
 class Segment:
     """What happens in three seconds: the text with its scene marks, what to avoid, and its scene's number."""
@@ -149,30 +135,21 @@ class Segment:
     negative: str | None
     scene: int
 
-
 def read_text(path):
     """A file in UTF-8, or UTF-16 with its mark, without what a reader cannot see, in one form of Unicode."""
     with reading(path):
         data = Path(path).read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
-        text = unicodedata.normalize("NFC", text)
-        return "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-
+    text = unicodedata.normalize("NFC", text)
+    return "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 def one_line(text):
     return " ".join(text.split())
-
-
-def quote(text):
-    text = one_line(str(text))
-    return f'"{text[:40]}{" ..." * (len(text) > 40)}"'
-
 
 def mark_scene(paragraphs):
     """The paragraphs of one scene as the text encoder reads them: marks around the first and the last."""
     last = len(paragraphs) - 1
     return [START * (i == 0) + text + END * (i == last) for i, text in enumerate(paragraphs)]
-
 
 def to_segments(scenes, negatives=None):
     """Scenes, lists of paragraphs, and one negative or None a paragraph -> a list of Segments."""
@@ -180,23 +157,17 @@ def to_segments(scenes, negatives=None):
     numbers = np.repeat(range(len(scenes)), [len(scene) for scene in scenes]).tolist()
     return [Segment(*facts) for facts in zip(texts, negatives or [None] * len(texts), numbers)]
 
-
-FIELDS = "text", "requires_scene_transition", "neg_text"
-
-
 def parse_video(video, name):
     """A video of the official format, segments {text, requires_scene_transition, neg_text}, or texts."""
-    check(isinstance(video, list) and video, f"{name}: a video is a list of segments, not {quote(video)}")
+    check(isinstance(video, list) and video, f"{name}: a video is a list of segments, not {str(video)[:40]}")
     scenes, negatives, ended = [], [], True
     for number, segment in enumerate(video, 1):
-        with reading(f"{name} {number}, {quote(segment)}"):
+        with reading(f"{name} {number}, {str(segment)[:50]!r}"):
             segment = {"text": segment} if isinstance(segment, str) else segment
-            cut, unknown = segment.get("requires_scene_transition", False), {*segment} - {*FIELDS}
-            assert not unknown and cut in (True, False), f"its fields are {', '.join(FIELDS)}"
             text, negative = one_line(segment["text"]), one_line(segment.get("neg_text") or "")
             bare = text.removeprefix(START).removesuffix(END).strip()
-            assert bare and START not in bare and END not in bare, "empty, or scene marks not around it"
-        if ended or cut or text.startswith(START):
+            assert bare and not re.search(r"<\w*>", bare), f"empty, or marks but {START} and {END}"
+        if ended or segment.get("requires_scene_transition") or text.startswith(START):
             scenes.append([])
         ended = text.endswith(END)
         scenes[-1].append(bare)
@@ -204,41 +175,28 @@ def parse_video(video, name):
     # DIFF: the official sampler leaves out the video's first start mark and last end mark; Format 3 has them.
     return to_segments(scenes, negatives)
 
-
-def parse_format_3(text, name):
-    """A video of <start_scene>, paragraphs that blank lines part, <end_scene>, and so on; nothing outside."""
-    text = re.sub(rf"\s*{START}\s*", f"\n\n{START}", re.sub(rf"\s*{END}\s*", f"{END}\n\n", text))
-    text = "\n".join(text.replace("\u2029", "\n\n").splitlines())
-    paragraphs = [one_line(paragraph) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
-    board = parse_video(paragraphs, f"{name}, paragraph")
-    for number, (segment, paragraph) in enumerate(zip(board, paragraphs), 1):
-        marked = segment.text.replace(paragraph, " ... ")
-        check(segment.text == paragraph, f"{name}, paragraph {number}, {quote(paragraph)}: must be {marked}")
-    return board
-
-
 def parse_storyboard(path):
-    """Videos, each a list of Segments, from Format 3 (.txt, one video) or the official JSON or JSONL."""
+    """Videos, each a list of Segments, from the official JSON or JSONL, or a .txt with one video in Format 3:
+    paragraphs parted by blank lines, <start_scene> and <end_scene> around every scene."""
     name, suffix, text = Path(path).name, Path(path).suffix.lower(), read_text(path)
     check(suffix in (".txt", ".json", ".jsonl"), f"{name}: a storyboard is .txt (Format 3), .json or .jsonl")
-    if suffix == ".txt":
-        return [parse_format_3(text, name)]
-    if suffix == ".jsonl":
-        text = "[" + ",\n".join(re.findall(r".*\S.*", text)) + "]"
     with reading(name):
-        videos = json.loads(text)
+        if suffix == ".txt":
+            text = "\n".join(text.replace("\u2029", "\n\n").splitlines())
+            text = re.sub(rf"\s*{START}\s*", f"\n\n{START}", re.sub(rf"\s*{END}\s*", f"{END}\n\n", text))
+            videos = [[paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]]
+        else:
+            lines = re.findall(r".*\S.*", text)
+            videos = json.loads(text) if suffix == ".json" else json.loads(f"[{','.join(lines)}]")
         assert isinstance(videos, list) and videos, "it must be a list of videos, [[{...}, {...}]]"
     return [parse_video(video, f"{name}, video {i}, segment") for i, video in enumerate(videos, 1)]
-
 
 def embed(board, text_encoder, where="storyboard"):
     """Segments -> text and negative, float32 [S, N, dim] each; zeros where a segment has no negative."""
     text = text_encoder.encode([segment.text for segment in board], where)
-    negatives = [segment.negative or "" for segment in board]
-    if not any(negatives):
-        return text, torch.zeros_like(text)
-    given = torch.tensor([negative != "" for negative in negatives])
-    return text, text_encoder.encode(negatives, f"{where}, neg_text") * given[:, None, None]
+    negative = text_encoder.encode([segment.negative or "" for segment in board], f"{where}, neg_text")
+    given = torch.tensor([bool(segment.negative) for segment in board])
+    return text, negative * given[:, None, None]
 
 
 # 3. The pocket world ----------------------------------------------------------------------------------------
@@ -269,40 +227,30 @@ AT = {"left": ("on the left", "at the left side"), "middle": ("in the middle", "
 FILLERS = ("Nobody else is here.", "The camera does not move.",
            "Everything else is quiet.", "It is a calm day.")
 
-
-@dataclass(frozen=True)
-class Room:
-    """What an episode hides about a room: names into the palettes, and the kind of furniture."""
-    wall: str
-    furniture: str
-    colour: str
-
-
 @dataclass(frozen=True)
 class Scene:
-    """Segments first ... first + segments - 1. `drawings`, four frames each: 12 segments + 1 times {who:
-    (x, y, pose, facing right)}, feet in picture heights; the last one keeps scenes apart in latents."""
+    """Segments first ... first + segments - 1 with a text each. `drawings`, four frames each: 12 segments + 1
+    times {who: (x, y, pose, facing right)}, feet in picture heights; the last one parts scenes in latents."""
     room: str
     cast: tuple
     first: int
     segments: int
+    texts: tuple
     drawings: tuple
-
 
 @dataclass(frozen=True)
 class Episode:
-    """A storyboard and the truth behind it: colours {character: name}, rooms {name: Room}."""
+    """A storyboard and the truth behind it, which it hides, names into the palettes: colours {character:
+    name} and rooms {room: (wall, kind of furniture, its colour)}."""
     seed: int
     scenes: tuple
     segments: tuple
     colours: dict
     rooms: dict
 
-
 def pick(rng, options):
     options = list(options)
     return options[rng.integers(len(options))]
-
 
 def plan_rooms(rng, segments):
     """[(room, segments)] of scenes of 1 to 3 segments: mostly A B A, and once at least if it can be."""
@@ -316,7 +264,6 @@ def plan_rooms(rng, segments):
         rooms.append(room)
     return zip(rooms, lengths)
 
-
 def plan_actions(rng, places):
     """{who: (verb, start, end)} for characters at {who: place}; in the end everyone has a place alone."""
     plan = {}
@@ -328,7 +275,6 @@ def plan_actions(rng, places):
             plan[who] = verb, start, pick(rng, ends or [start])
     return plan
 
-
 def pose_at(t, y, verb, start, end):
     """An action in drawing t of 0 ... 12, for feet that stand at y: (x, y, pose, facing right)."""
     a, b = PLACES[start], PLACES[end]
@@ -339,7 +285,6 @@ def pose_at(t, y, verb, start, end):
         lift = 0.14 * abs(np.sin(2 * np.pi * t / FRAMES))
         return b, y - lift, "air" if lift > 0.01 else "stand", end == "left"
     return b, y, f"wave{t % 4}" if verb == "wave" else "stand", end == "left"
-
 
 def write_paragraph(rng, room, plan):
     """What {who: (verb, start, end)} do, in 15 to 34 words without scene marks."""
@@ -358,14 +303,13 @@ def write_paragraph(rng, room, plan):
         text += " " + pick(rng, [filler for filler in FILLERS if filler not in text])
     return text
 
-
 def episode(seed, segments):
     """The episode of a seed, `segments` segments of 3 seconds, the same on every machine."""
     rng = np.random.default_rng([2504, seed])
     colours = dict(zip(CHARACTERS, rng.permutation(list(CHARACTER_COLOURS)).tolist()))
     hidden = WALL_COLOURS, FURNITURE, FURNITURE_COLOURS
-    rooms = {room: Room(*[pick(rng, names) for names in hidden]) for room in ROOMS}
-    scenes, story, first = [], [], 0
+    rooms = {room: tuple(pick(rng, names) for names in hidden) for room in ROOMS}
+    scenes, first = [], 0
     for room, length in plan_rooms(rng, segments):
         cast = pick(rng, (("Mia",), ("Pip",), ("Mia", "Pip"), ("Mia", "Pip")))
         places = dict(zip(cast, rng.permutation(list(PLACES)).tolist()))
@@ -376,26 +320,16 @@ def episode(seed, segments):
             texts.append(write_paragraph(rng, room, plan))
             for t in range(FRAMES + 1):
                 drawings[FRAMES * i + t] = {who: pose_at(t, FEET[who], *plan[who]) for who in plan}
-        scenes.append(Scene(room, cast, first, length, tuple(drawings)))
-        story.append(texts)
+        scenes.append(Scene(room, cast, first, length, tuple(texts), tuple(drawings)))
         first += length
-    return Episode(seed, tuple(scenes), tuple(to_segments(story)), colours, rooms)
-
+    return Episode(seed, tuple(scenes), tuple(to_segments([scene.texts for scene in scenes])), colours, rooms)
 
 def held_out(segments, seed=0):
     """A storyboard of the pocket world that training never sees, a list of Segments."""
-    assert seed >= 0
     return list(episode(TEST_SEEDS + seed, segments).segments)
-
-
-def storyboard_text(episode):
-    """The episode's storyboard in Format 3, a paragraph a segment."""
-    return "\n\n".join(segment.text for segment in episode.segments) + "\n"
-
 
 # Pictures are flat shapes with smooth edges. A shape is a function of pixels at x, y that gives the signed
 # distance to its edge, negative inside, in picture heights.
-
 
 def ellipse(x, y, x0, y0, rx, ry):
     return (np.hypot((x - x0) / rx, (y - y0) / ry) - 1) * min(rx, ry)
@@ -417,7 +351,6 @@ def polygon(x, y, *corners):
         sides.append(((y1 - y0) * (x - x0) - (x1 - x0) * (y - y0)) / np.hypot(x1 - x0, y1 - y0))
     return np.maximum.reduce(sides)
 
-
 def draw(height, width, top, left, *groups):
     """float32 [height, width, 4], premultiplied, 0 ... 255. A group is [outline, (shape, colour, numbers)
     ...]: with an outline all its shapes come first that much larger in ink."""
@@ -433,10 +366,8 @@ def draw(height, width, top, left, *groups):
             rgba[near] += cover * (np.array([*colour, 255], np.float32) - rgba[near])
     return rgba
 
-
 def mix(colour, other, amount):
     return tuple(a + (b - a) * amount for a, b in zip(colour, other))
-
 
 FLAT, LINED = 0, 0.011                                     # outlines
 INK, WHITE, WOOD, LEAF, PINK = (40, 34, 46), (250, 250, 250), (146, 104, 66), (96, 160, 84), (250, 170, 180)
@@ -469,34 +400,26 @@ SCENERY = {                                # what never changes, so that a room'
          *[(box, WHITE, 0.05 + 0.19 * i, 0.50, 0.15 + 0.19 * i, 0.73, 0.03) for i in range(8)]],
         [LINED, (box, WOOD, 1.16, 0.40, 1.26, 0.75), (ellipse, LEAF, 1.21, 0.25, 0.24, 0.20)]]}
 
-
 def furniture(kind, x, colour):
     """The big piece of furniture that an episode puts into a room, centred at x."""
-    dark = mix(colour, INK, 0.35)
-    shade = (x - 0.09, 0.20), (x + 0.09, 0.20), (x + 0.17, 0.46), (x - 0.17, 0.46)
-    return {"armchair": [LINED, (box, colour, x - 0.15, 0.44, x + 0.15, 0.74, 0.07),
-                         (box, dark, x - 0.14, 0.64, x + 0.14, 0.78, 0.02),
-                         (box, colour, x - 0.21, 0.58, x - 0.12, 0.80, 0.04),
-                         (box, colour, x + 0.12, 0.58, x + 0.21, 0.80, 0.04)],
-            "table": [LINED, (box, dark, x - 0.17, 0.60, x - 0.12, 0.82),
-                      (box, dark, x + 0.12, 0.60, x + 0.17, 0.82),
-                      (box, colour, x - 0.23, 0.54, x + 0.23, 0.64, 0.03)],
-            "chest": [LINED, (box, colour, x - 0.18, 0.60, x + 0.18, 0.81, 0.02),
-                      (box, dark, x - 0.19, 0.51, x + 0.19, 0.63, 0.05),
-                      (box, GOLD, x - 0.03, 0.59, x + 0.03, 0.67, 0.01)],
-            "lamp": [LINED, (box, dark, x - 0.02, 0.45, x + 0.02, 0.80),
-                     (box, dark, x - 0.10, 0.77, x + 0.10, 0.81, 0.02), (polygon, colour, *shade)]}[kind]
-
+    dark, shade = mix(colour, INK, 0.35), ((-0.09, 0.20), (0.09, 0.20), (0.17, 0.46), (-0.17, 0.46))
+    boxes = {"armchair": [(colour, -0.15, 0.44, 0.15, 0.74, 0.07), (dark, -0.14, 0.64, 0.14, 0.78, 0.02),
+                          (colour, -0.21, 0.58, -0.12, 0.80, 0.04), (colour, 0.12, 0.58, 0.21, 0.80, 0.04)],
+             "table": [(dark, -0.17, 0.60, -0.12, 0.82), (dark, 0.12, 0.60, 0.17, 0.82),
+                       (colour, -0.23, 0.54, 0.23, 0.64, 0.03)],
+             "chest": [(colour, -0.18, 0.60, 0.18, 0.81, 0.02), (dark, -0.19, 0.51, 0.19, 0.63, 0.05),
+                       (GOLD, -0.03, 0.59, 0.03, 0.67, 0.01)],
+             "lamp": [(dark, -0.02, 0.45, 0.02, 0.80), (dark, -0.10, 0.77, 0.10, 0.81, 0.02)]}[kind]
+    shapes = [(box, paint, x + left, top, x + right, *rest) for paint, left, top, right, *rest in boxes]
+    return [LINED, *shapes] + [(polygon, colour, *[(x + dx, y) for dx, y in shade])] * (kind == "lamp")
 
 @lru_cache(maxsize=64)
-def draw_background(name, room):
+def draw_background(room, wall, kind, colour):
     """A room of an episode without its characters, uint8 [128, 192, 3]."""
-    wall, floor = WALL_COLOURS[room.wall], FLOORS[name]
-    empty = [FLAT, (box, wall, -1, -1, 3, 2), (box, floor, -1, 0.70, 3, 2),
+    floor, piece = FLOORS[room], furniture(kind, CORNERS[room], FURNITURE_COLOURS[colour])
+    empty = [FLAT, (box, WALL_COLOURS[wall], -1, -1, 3, 2), (box, floor, -1, 0.70, 3, 2),
              (box, mix(floor, INK, 0.4), -1, 0.688, 3, 0.708)]
-    piece = furniture(room.furniture, CORNERS[name], FURNITURE_COLOURS[room.colour])
-    return draw(HEIGHT, WIDTH, 0, 0, empty, *SCENERY[name], piece)[..., :3].round().astype(np.uint8)
-
+    return draw(HEIGHT, WIDTH, 0, 0, empty, *SCENERY[room], piece)[..., :3].round().astype(np.uint8)
 
 def limbs(colour, pose, hip, hip_y, shoulder, shoulder_y, reach, thick):
     """Legs and arms: legs swing when walking, an arm is up when waving, all are spread in the air."""
@@ -509,7 +432,6 @@ def limbs(colour, pose, hip, hip_y, shoulder, shoulder_y, reach, thick):
     legs = [(side * hip, hip_y, side * (hip + swing), -thick / 2) for side in (-1, 1)]
     arms = [(side * shoulder, shoulder_y, *hands[side]) for side in (-1, 1)]
     return [(line, colour, *ends, thick) for ends in legs + arms]
-
 
 def character(kind, colour, pose, side):
     """A tall cat with pointed ears or a small mouse with round ones, feet at (0, 0), looking to `side`."""
@@ -537,9 +459,7 @@ def character(kind, colour, pose, side):
                   (ellipse, INK, x + 0.014 * side, eyes + 0.004, 0.016, 0.022)]
     return [LINED, *body], [FLAT, *marks, nose]
 
-
 FEET_AT = 76.8, 32                                         # row and column of a sprite
-
 
 @lru_cache(maxsize=1024)
 def sprite(who, colour, pose, right):
@@ -547,7 +467,6 @@ def sprite(who, colour, pose, right):
     groups = character(CHARACTERS[who], CHARACTER_COLOURS[colour], pose, 1 if right else -1)
     rgba = draw(79, 64, -FEET_AT[0] / HEIGHT, -FEET_AT[1] / HEIGHT, *groups)
     return rgba[..., :3], 1 - rgba[..., 3:] / 255
-
 
 def paste(picture, drawing, colours):
     """Draws {who: (x, y, pose, facing right)} in colours {who: name} into a picture uint8 [128, 192, 3]."""
@@ -559,59 +478,32 @@ def paste(picture, drawing, colours):
         seen = np.s_[max(-top, 0):, max(-left, 0):], np.s_[:under.shape[0], :under.shape[1]]
         under[:] = under * clear[seen[0]][seen[1]] + paint[seen[0]][seen[1]] + 0.5
 
-
 def render_scene(episode, scene, height=HEIGHT):
     """uint8 [48 segments + 1, height, 1.5 height, 3]: a frame of the first drawing, four of each other."""
-    pictures = np.stack([draw_background(scene.room, episode.rooms[scene.room])] * len(scene.drawings))
+    pictures = np.stack([draw_background(scene.room, *episode.rooms[scene.room])] * len(scene.drawings))
     for picture, drawing in zip(pictures, scene.drawings):
         paste(picture, drawing, episode.colours)
     n = HEIGHT // height                                   # smaller ones are means over squares
     small = reduce(np.float32(pictures), "t (h a) (w b) c -> t h w c", "mean", a=n, b=n)
     return repeat((small + 0.5).astype(np.uint8), "t h w c -> (t fours) h w c", fours=FOURS)[FOURS - 1:]
 
-
 def render(episode, height=HEIGHT, width=WIDTH):
     """The joined video, uint8 [48 S + 1, height, width, 3]. Cuts show at frames 48 i + 1."""
-    assert 2 * width == 3 * height and HEIGHT % height == 0, f"pictures of {height} x {width}"
     clips = [render_scene(episode, scene, height) for scene in episode.scenes]
     return np.concatenate([clips[0], *[clip[1:] for clip in clips[1:]]])
 
-
-def story_of(episode):
-    """A list of scenes (paragraphs, place)."""
-    bare = [segment.text.removeprefix(START).removesuffix(END) for segment in episode.segments]
-    return [(bare[scene.first:scene.first + scene.segments], scene.room) for scene in episode.scenes]
-
-
-def work_through(work, seeds, what):
-    check(seeds.stop <= TEST_SEEDS, f"--seed: episodes from {TEST_SEEDS} on are held out from training")
-    with ThreadPoolExecutor(2) as pool:
-        list(tqdm(pool.map(work, seeds), total=len(seeds), desc=what, unit="episode"))
-
-
 def render_world(out, episodes, segments=21, seed=0):
-    """Writes episodes as NAME.mp4 and NAME.json, to look at or to ingest. Finished ones are kept."""
-    def work(number):
-        world, start, scenes = episode(number, segments), 0.0, []
-        board = Path(out) / f"episode-{number:07d}.json"
-        for paragraphs, place in story_of(world):
-            end = start + (SEGMENT * len(paragraphs) + 1) / FPS
-            scenes.append({"start": start, "end": end, "place": place, "segments": paragraphs})
-            start = end
-        text = json.dumps(scenes, indent=1) + "\n"
-        if not board.exists() or board.read_text() != text:                   # it is written last
-            with atomic(board.with_suffix(".mp4")) as partial:
-                write_video(partial, np.concatenate([render_scene(world, scene) for scene in world.scenes]))
-            with atomic(board) as partial:
-                partial.write_text(text)
-
-    work_through(work, range(seed, seed + episodes), "render")
+    """Writes episodes as NAME.mp4 and NAME.json, to look at or to ingest."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for number in tqdm(range(seed, seed + episodes), desc="render", unit="episode"):
+        world, path = episode(number, segments), Path(out) / f"episode-{number:07d}.mp4"
+        write_video(path, render(world))
+        scenes = [{"start": SECONDS * scene.first, "end": SECONDS * (scene.first + scene.segments),
+                   "place": scene.room, "segments": scene.texts} for scene in world.scenes]
+        path.with_suffix(".json").write_text(json.dumps(scenes, indent=1) + "\n")
 
 
 # 4. The pocket world's codec and text encoder, in place of the VAE and T5 ----------------------------------
-
-CODEC = Path(__file__).parent / "assets" / "pocket_codec.safetensors"
-
 
 class Residual(nn.Module):
     """x + conv(silu(conv(norm(x)))), the norm making each pixel a vector of length sqrt(width)."""
@@ -624,98 +516,51 @@ class Residual(nn.Module):
 
     def forward(self, x):
         norm = x.square().mean(1, keepdim=True).add(1e-4).rsqrt()
-        return x + self.to_width(F.silu(self.to_inner(x * norm * self.gain)))
+        return x + self.to_width(nn.functional.silu(self.to_inner(x * norm * self.gain)))
 
-
-def codec_networks():
-    """The two halves of the codec, untrained: pictures [n, 12, H, W] around 0 <-> [n, 16, H / 8, W / 8]."""
-    def up(width, out):
-        return nn.Sequential(nn.Conv2d(width, 4 * out, 1), nn.PixelShuffle(2))
-    down = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * 96, 112, 1))
-    encoder = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(192, 96, 1), Residual(96, 48), down,
-                            Residual(112, 48), nn.Conv2d(112, PocketCodec.channels, 1))
-    decoder = nn.Sequential(nn.Conv2d(PocketCodec.channels, 112, 3, padding=1), Residual(112, 56),
-                            up(112, 64), Residual(64, 48), up(64, 32), Residual(32, 32), up(32, 12))
-    return nn.ModuleDict(dict(encoder=encoder, decoder=decoder))
-
-
-def as_groups(frames):
-    """uint8 frames [4 k + 1, H, W, 3] -> [k + 1, 12, H, W], four frames each; the first is repeated."""
-    frames = torch.as_tensor(frames)
-    return rearrange(torch.cat([frames[:1]] * (FOURS - 1) + [frames]), "(k t) h w c -> k (t c) h w", t=FOURS)
-
-
-def as_input(groups):
-    return (groups.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
-
-
-class PocketCodec:
+class PocketCodec(nn.Module):
     """Small video autoencoder: 8 x 8 in space, 4 in time with the first frame alone, 16 channels, as
     CogVideoX's VAE. Every group of four frames is coded by itself. It has seen nothing but the pocket world
-    at 64 x 96: other videos come out soft. `scale` brings latents to standard deviation 1."""
+    at 64 x 96: other videos come out soft. `scale` brings latents to standard deviation 1. Its weights were
+    made at commit b6dda0d (train_codec), with noise on the latents: so decoding forgives a model's errors."""
     channels, height, width = 16, 64, 96
 
-    def __init__(self, path=CODEC):
-        self.networks = codec_networks()
-        with reading(f"{path} (made by dataset.py --train_codec)"), safe_open(path, "pt") as file:
+    def __init__(self, path=Path(__file__).parent / "assets" / "pocket_codec.safetensors"):
+        super().__init__()
+        up = lambda width, out: nn.Sequential(nn.Conv2d(width, 4 * out, 1), nn.PixelShuffle(2))
+        down = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * 96, 112, 1))
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(192, 96, 1), Residual(96, 48), down,
+                                     Residual(112, 48), nn.Conv2d(112, self.channels, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(self.channels, 112, 3, padding=1), Residual(112, 56),
+                                     up(112, 64), Residual(64, 48), up(64, 32), Residual(32, 32), up(32, 12))
+        with reading(path), safe_open(path, "pt") as file:
             self.scale = float(file.metadata()["scale"])
-            self.networks.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
-            self.name = f"pocket-codec-{short_hash(Path(path).read_bytes())}"
+            self.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+            self.name = f"pocket-codec-{short_hash(path.read_bytes())}"
 
     @torch.no_grad()
     def encode(self, frames, batch=16):
         """uint8 frames [4 k + 1, H, W, 3], numpy or torch -> float32 latents [k + 1, 16, H / 8, W / 8]."""
-        parts = [self.networks["encoder"](as_input(part)) for part in as_groups(frames).split(batch)]
+        frames = torch.as_tensor(frames)
+        frames = torch.cat([frames[:1]] * (FOURS - 1) + [frames])                # the first one is repeated
+        parts = []
+        for four in rearrange(frames, "(k t) h w c -> k (t c) h w", t=FOURS).split(batch):
+            four = (four.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+            parts.append(self.encoder(four))
         return torch.cat(parts).contiguous() * self.scale
 
     @torch.no_grad()
     def decode(self, latents, batch=16):
         """Latents [T, 16, h, w] -> uint8 frames [4 (T - 1) + 1, 8 h, 8 w, 3] as numpy."""
-        parts = [self.networks["decoder"](part / self.scale) for part in latents.float().split(batch)]
+        parts = [self.decoder(part / self.scale) for part in latents.float().split(batch)]
         pixels = ((torch.cat(parts) + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
         return rearrange(pixels, "k (t c) h w -> (k t) h w c", c=3)[FOURS - 1:].numpy()
-
-
-def train_codec(steps=9000, batch=8, noise=0.12, lr=0.01, path=CODEC):
-    """Makes the codec's weights: reconstruction from latents with noise on them, so that decoding forgives a
-    model's errors. Muon needs a third of AdamW's steps here: 15 minutes on a core."""
-    torch.manual_seed(0)
-    rng, codec = np.random.default_rng(0), codec_networks()
-    groups = torch.cat([as_groups(render(episode(500_000 + i, 6), 64, 96)) for i in range(128)])
-    kernels = [weight for weight in codec.parameters() if weight.ndim == 4]
-    matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]          # the same numbers
-    others = [weight for weight in codec.parameters() if weight.ndim != 4]
-    optimizers = torch.optim.Muon(matrices, weight_decay=0.02), torch.optim.AdamW(others)
-    for step in tqdm(range(steps), desc="codec", unit="step"):
-        decay = min(1, (step + 1) / 50) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
-        x = as_input(groups[rng.integers(len(groups), size=batch)])
-        with torch.autocast("cpu", torch.bfloat16):
-            z = codec["encoder"](x).float()
-            y = codec["decoder"](z + noise * torch.randn_like(z)).float()
-        loss = 10 * F.mse_loss(y, x) + F.l1_loss(y, x) + 0.1 * (z.square().mean() - 1) ** 2
-        codec.zero_grad()
-        loss.backward()
-        for kernel, matrix in zip(kernels, matrices):
-            matrix.grad = kernel.grad.flatten(1)
-        for optimizer, rate in zip(optimizers, (lr, 0.3 * lr)):
-            optimizer.param_groups[0]["lr"] = rate * decay
-            optimizer.step()
-    with torch.no_grad():
-        std = torch.cat([codec["encoder"](as_input(part)) for part in groups[::8].split(64)]).std()
-    weights = {name: weight.half().contiguous() for name, weight in codec.state_dict().items()}
-    with atomic(path) as partial:
-        save_file(weights, partial, {"scale": f"{1 / std.item():.4f}"})
-    codec, frames = PocketCodec(path), render(episode(TEST_SEEDS, 6), 64, 96)
-    error = np.mean((codec.decode(codec.encode(frames)) - np.float32(frames)) ** 2)
-    print(f"{codec.name}: held-out PSNR {10 * np.log10(255 ** 2 / error):.1f} dB")
-
 
 @lru_cache(maxsize=100_000)
 def word_vector(word, dim):
     """A fixed Gaussian vector for any word, the same on every machine."""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
     return np.random.default_rng(seed).standard_normal(dim).astype(np.float32)
-
 
 class PocketText:
     """The text encoder in place of T5: half of a token's channels are its word's fixed vector, the other half
@@ -739,7 +584,7 @@ class PocketText:
         unmarked = " ".join(texts).replace(START, " ").replace(END, " ").strip()
         new = [word not in self.known for word in self.words(unmarked)] or [unmarked != ""]
         if np.mean(new) > 0.5:
-            say(f"warning: {where}: {np.mean(new):.0%} of the words are unknown to the pocket world")
+            warn(f"{where}: {np.mean(new):.0%} of the words are unknown to the pocket world")
         for i, text in enumerate(texts):
             memory = np.zeros(self.dim // 2, np.float32)
             words = cut_words(self.words(text), self.length, 1, f"{where}, segment {i + 1}")
@@ -749,32 +594,27 @@ class PocketText:
                 memory = self.fade * memory + np.sqrt(1 - self.fade ** 2) * vector
         return torch.from_numpy(out)
 
-
 def cut_words(words, length, ending, where):
     """At most `length` words: what is too many goes before the last `ending` ones, with a warning."""
     if len(words) <= length:
         return words
-    say(f"warning: {where}: {len(words)} words, cut to {length}")
+    warn(f"{where}: {len(words)} words, cut to {length}")
     return words[:length - ending] + words[-ending:]
 
 
 # 5. CogVideoX's VAE and T5 (4.1) ----------------------------------------------------------------------------
 
-
-def load_pretrained(kind, folder, part, **settings):
-    """What diffusers or transformers read from CogVideoX's folder, or from that of the part alone."""
-    subfolder = part if part in os.listdir(folder) else ""
-    return kind.from_pretrained(str(folder), subfolder=subfolder, local_files_only=True, **settings)
-
-
-def load_network(kind, folder, part, device):
-    """A network, in bf16 on a GPU. Only safetensors: other formats may run code."""
+def load_pretrained(kind, folder, part, device=None):
+    """What diffusers or transformers read from CogVideoX's folder, or from that of the part alone: the
+    tokenizer or, onto a device, a network, in bf16 on a GPU. Only safetensors: other formats may run code."""
+    settings = dict(subfolder=part if part in os.listdir(folder) else "", local_files_only=True)
+    if device is None:
+        return kind.from_pretrained(str(folder), **settings)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    settings = dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
-    network, found = load_pretrained(kind, folder, part, **settings)
+    settings |= dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+    network, found = kind.from_pretrained(str(folder), **settings)
     assert not found["missing_keys"], f"it lacks {min(found['missing_keys'])}"
     return network.to(device).eval().requires_grad_(False)
-
 
 class CogVideoXCodec:
     """CogVideoX's VAE: 8 x 8 in space, 4 in time with the first frame alone. `scale` multiplies its latents:
@@ -784,7 +624,7 @@ class CogVideoXCodec:
     def __init__(self, folder, scale=None, device="cpu"):
         with reading(f"{folder}: CogVideoX's vae"):
             from diffusers import AutoencoderKLCogVideoX
-            self.vae = load_network(AutoencoderKLCogVideoX, folder, "vae", device)
+            self.vae = load_pretrained(AutoencoderKLCogVideoX, folder, "vae", device)
         config = self.vae.config
         self.channels = config.latent_channels
         self.height, self.width = config.sample_height, config.sample_width
@@ -804,7 +644,6 @@ class CogVideoXCodec:
         frames = rearrange(self.vae.decode(latents).sample.cpu(), "1 c t h w -> t h w c").float()
         return frames.add_(1).mul_(127.5).round_().clamp_(0, 255).byte().numpy()
 
-
 class T5Text:
     """CogVideoX's text encoder, T5: one paragraph a segment, padded to `length` tokens; as in CogVideoX
     padding is attended. The scene marks are two new tokens, of normal numbers as large as T5's own."""
@@ -812,9 +651,9 @@ class T5Text:
     def __init__(self, folder, length=226, device="cpu"):
         with reading(f"{folder}: CogVideoX's text_encoder and tokenizer"):
             from transformers import AutoTokenizer, T5EncoderModel
-            self.model = load_network(T5EncoderModel, folder, "text_encoder", device)
+            self.model = load_pretrained(T5EncoderModel, folder, "text_encoder", device)
             self.tokenizer = load_pretrained(AutoTokenizer, folder, "tokenizer")
-            assert len(set(self.words("a cat and a mouse"))) > 3, "T5's tokenizer is not here"
+            assert len({*self.tokenizer("a cat and a mouse")["input_ids"]}) > 3, "it has no words"
         self.length, self.dim = length, self.model.config.d_model
         self.name = f"t5-{length}x{self.dim}"
         self.tokenizer.add_tokens([START, END], special_tokens=True)
@@ -825,34 +664,26 @@ class T5Text:
         marks = torch.randn(2, self.dim, generator=torch.Generator().manual_seed(0)) * words.std().item()
         self.model.get_input_embeddings().weight.data[ids] = marks.to(words)
 
-    def words(self, text):
-        """The tokens of a paragraph as ids, the end of the text among them."""
-        return self.tokenizer(text)["input_ids"]
-
     @torch.no_grad()
     def encode(self, texts, where="storyboard"):
         """Paragraphs, one a segment -> float32 [S, N, dim]; a longer one is cut, and named."""
         out = []
         for number, text in enumerate(texts, 1):
-            ending = 1 + text.endswith(END)
-            ids = cut_words(self.words(text), self.length, ending, f"{where}, segment {number}")
+            ids = self.tokenizer(text)["input_ids"]                     # the end of the text among them
+            ids = cut_words(ids, self.length, 1 + text.endswith(END), f"{where}, segment {number}")
             ids = ids + [self.tokenizer.pad_token_id] * (self.length - len(ids))
             out.append(self.model(torch.tensor([ids], device=self.model.device))[0].float().cpu())
         return torch.cat(out)
-
 
 def encoder_names(codec, text_encoder):
     """What weights and latents record of the encoders that they were made with."""
     return {"codec": codec.name, "scale": codec.scale, "text_encoder": text_encoder.name}
 
-
-def open_encoders(vae=None, text_encoder=None, vae_scale=None, size=None, text_len=None, device="cpu",
-                  expected=None):
-    """(codec, text encoder): CogVideoX's from the folders that are given, else the pocket world's. `size`
-    (height, width) of frames and `text_len` tokens a segment are the encoder's own unless given. `expected`:
-    encoder_names of weights or latents; UserError if one differs, as each encoder's numbers are its own."""
+def open_encoders(vae=None, text_encoder=None, vae_scale=None, text_len=None, device="cpu", expected=None):
+    """(codec, text encoder): CogVideoX's from the folders that are given, else the pocket world's. `text_len`
+    tokens a segment are 226 or 40 unless given. `expected`: encoder_names of weights or latents; UserError if
+    one differs, as each encoder's numbers are its own."""
     codec = CogVideoXCodec(vae, vae_scale, device) if vae else PocketCodec()
-    codec.height, codec.width = size or (codec.height, codec.width)
     text = T5Text(text_encoder, text_len or 226, device) if text_encoder else PocketText(text_len or 40)
     names = encoder_names(codec, text)
     expected = names | (expected or {})
@@ -860,7 +691,6 @@ def open_encoders(vae=None, text_encoder=None, vae_scale=None, size=None, text_l
     check(not wrong, f"the data or weights were made with {'; '.join(wrong)}: name these encoders, "
                      "CogVideoX's by --vae FOLDER, --vae_scale and --text_encoder FOLDER")
     return codec, text
-
 
 def add_encoder_flags(parser):
     add = parser.add_argument
@@ -875,18 +705,15 @@ FORMAT = f"ttt-minute latents 2, segments of {SEGMENT} frames"
 VIDEO_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv .gif".split()
 SLACK = 3                                   # frames that may be missing at the end: rounding of the duration
 
-
 def open_folder(out, codec, text_encoder):
     """Makes the folder `out` unless it is somebody else's; what its index says of all files."""
     index = Path(out) / "index.json"
-    Path(out).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
+    index.parent.mkdir(parents=True, exist_ok=True)
     ours = not index.exists() or '"format": "ttt-minute' in read_text(index)
     check(ours, f"{index} was not made by dataset.py; take another folder for --out")
     latents = [FRAMES + 1, codec.channels, codec.height // 8, codec.width // 8]
     return {"format": FORMAT, **encoder_names(codec, text_encoder), "fps": FPS, "latents": latents,
             "text": [text_encoder.length, text_encoder.dim]}
-
 
 def read_metadata(path):
     """What a file of latents says of itself; nothing if it is not there or damaged."""
@@ -896,20 +723,17 @@ def read_metadata(path):
     except (OSError, SafetensorError):
         return {}
 
-
 def write_latents(path, origin, latents, scenes, text_encoder):
-    """Latents of segments [13, C, h, w] and scenes (paragraphs, place) -> one file, if all is finite."""
+    """Latents of segments [13, C, h, w] and scenes (paragraphs, place) -> one file."""
     texts, places = [], []
     for paragraphs, place in scenes:
         texts += mark_scene(paragraphs)
         places += [place] * len(paragraphs)
     tensors = {"latents": torch.stack(latents).half(), "text": text_encoder.encode(texts, path.stem).half()}
-    for name, tensor in tensors.items():
-        check(tensor.isfinite().all(), f"{path.stem}: the encoder gave {name} that are not finite")
+    check(all(x.isfinite().all() for x in tensors.values()), f"{path.stem}: not finite in latents or text")
     facts = {"scenes": json.dumps([scene[0] for scene in scenes]), "places": json.dumps(places)}
     with atomic(path) as partial:
         save_file(tensors, partial, origin | facts)
-
 
 def write_index(out, made_with, paths):
     """index.json: what the folder holds, of these files those that were made in this way."""
@@ -921,7 +745,6 @@ def write_index(out, made_with, paths):
             videos.append({"file": path.name, "segments": len(places), "places": places})
     with atomic(Path(out) / "index.json") as partial:
         partial.write_text(json.dumps({**made_with, "videos": videos}, indent=1) + "\n")
-
 
 def make_world(folder, episodes, segments=21):
     """The pocket world's first episodes as latents in `folder`, from the renderer. What is there is kept."""
@@ -936,114 +759,84 @@ def make_world(folder, episodes, segments=21):
             for scene in world.scenes:
                 z = codec.encode(render_scene(world, scene, codec.height))
                 latents += [z[FRAMES * i:FRAMES * (i + 1) + 1] for i in range(scene.segments)]
-            write_latents(paths[seed], origin, latents, story_of(world), text_encoder)
+            story = [(scene.texts, scene.room) for scene in world.scenes]
+            write_latents(paths[seed], origin, latents, story, text_encoder)
 
-    work_through(work, range(episodes), "pocket world")
+    with ThreadPoolExecutor(2) as pool:
+        list(tqdm(pool.map(work, range(episodes)), total=episodes, desc="pocket world", unit="episode"))
     write_index(folder, made_with, paths)
 
-
 def read_cuts(board):
-    """NAME.json -> [(first frame, paragraphs, place)] of its scenes, trimmed alike at both ends to whole
-    segments, and the frame at which the last one ends. Shorter scenes are named and dropped."""
-    cuts, last, text = [], 0, read_text(board)
+    """NAME.json -> [(first frames of its segments, paragraphs, place)], a scene each, trimmed alike at both
+    ends to whole segments."""
+    cuts, last = [], 0
     with reading(board.name):
-        scenes = json.loads(text)
-        assert isinstance(scenes, list), f"it must be a list of scenes, not {quote(scenes)}"
+        scenes = json.loads(read_text(board))
+        assert isinstance(scenes, list), f"it must be a list of scenes, not {str(scenes)[:50]!r}"
     for number, scene in enumerate(scenes, 1):
-        with reading(f"{board.name}, scene {number}, {quote(scene)}"):
+        with reading(f"{board.name}, scene {number}, {str(scene)[:50]!r}"):
             begin, end = (round(FPS * float(scene[key])) for key in ("start", "end"))
             assert last <= begin < end, f"must start at {last / FPS:g} s or later and end after that"
             texts = [one_line(text.replace(START, " ").replace(END, " ")) for text in scene["segments"]]
             count, last, place = (end - begin) // SEGMENT, end, scene.get("place")
-            if count == 0:
-                say(f"{board.name}, scene {number}: dropped, it is shorter than a segment of {SECONDS} s")
-                continue
             assert len(texts) == count, f"it makes {count} segments, but has {len(texts)} texts"
             assert all(texts), "a paragraph is empty"
-            begin += (end - begin - SEGMENT * count) // 2
-            cuts.append((begin, texts, place if place is None else one_line(place)))
-    check(cuts, f"{board.name}: no scene is as long as a segment of {SECONDS} s")
-    return cuts, last
+            begin += (end - begin) % SEGMENT // 2
+            starts = range(begin, begin + SEGMENT * count, SEGMENT)
+            cuts.append((starts, texts, place if place is None else one_line(place)))
+    return cuts
 
-
-def read_frames(video, height, width):
-    """Yields uint8 [height, width, 3] at 16 fps, in square pixels: scaled to cover the size, then cropped
-    around the centre. The last one comes SLACK times more. UserError if ffmpeg cannot read the video."""
-    import imageio_ffmpeg
+def read_frames(video, start, height, width):
+    """uint8 [49, height, width, 3], a segment and the frame after it, from frame `start` at 16 fps on, in
+    square pixels: scaled to cover the size, then cropped around the centre. UserError if ffmpeg cannot."""
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)       # it warns of every change of size
     exact = "area+accurate_rnd+full_chroma_int+full_chroma_inp"       # the default halves colours' resolution
-    filters = (f"fps={FPS},scale=w='max({width},{height}*dar)':h='max({height},{width}/dar)':flags={exact},"
-               f"crop={width}:{height}")
+    filters = (f"fps={FPS}:start_time=0,scale=w='max({width},{height}*dar)':h='max({height},{width}/dar)':"
+               f"flags={exact},crop={width}:{height}")
     with reading("its pictures"):
-        settings = ["-map", "0:V:0", "-vf", filters]
-        frames = imageio_ffmpeg.read_frames(str(video.absolute()), output_params=settings)
-        if re.search("smpte2084|arib-std-b67", next(frames)["pix_fmt"]):
-            say(f"warning: {video.name}: high dynamic range is not converted, its colours will be pale")
-        for data in frames:
-            frame = np.frombuffer(data, np.uint8).reshape(height, width, 3)
-            yield frame
-        yield from [frame] * SLACK
-
-
-def cut_segments(frames, cuts, last):
-    """Yields the 49 frames of every segment: its own 48 and the one that follows it."""
-    starts = {begin + SEGMENT * i for begin, paragraphs, _ in cuts for i in range(len(paragraphs))}
-    block = []
-    for position, frame in zip(range(last + 1), frames):
-        if len(block) == SEGMENT:
-            yield np.stack([*block, frame])
-            block = []
-        if position in starts or block:
-            block.append(frame)
-    check(position == last, f"it ends or stops decoding after {(position + 1 - SLACK) / FPS:.1f} s, but its "
-                            f"scenes last until {last / FPS:.1f} s")
-
-
-def same_name(path):
-    """The name before the dot, in one form of Unicode where disks and programs have two, or none."""
-    return unicodedata.normalize("NFC", path.stem).encode("utf-8", "backslashreplace").decode()
-
+        frames = imageio_ffmpeg.read_frames(
+            str(video.absolute()), input_params=["-ss", str(start / FPS)],
+            output_params=["-map", "0:V:0", "-vf", filters, "-frames:v", str(SEGMENT + 1)])
+        frames = [np.frombuffer(data, np.uint8) for data in islice(frames, 1, None)]      # after what it is
+    missing = SEGMENT + 1 - len(frames)
+    check(missing <= SLACK, f"it ends or stops decoding before {(start + SEGMENT) / FPS:.1f} s")
+    return np.stack(frames + frames[-1:] * missing).reshape(-1, height, width, 3)
 
 def ingest(videos, out, codec, text_encoder):
     """Videos of a folder, NAME.mp4 with NAME.json, to latents in another. What is there is kept. A bad video
     does not stop the others; a UserError at the end names all of them."""
-    check(Path(videos).resolve() != Path(out).resolve(), "--out: must be another folder than the videos'")
     files = sorted(path for path in Path(videos).iterdir() if path.name[0] != ".")
+    names = {path: unicodedata.normalize("NFC", path.stem) for path in files}      # disks have two forms
+    boards = {names[path]: path for path in files if path.suffix.lower() == ".json"}
     paths = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     check(paths, f"{videos}: no videos in this folder")
-    made_with = open_folder(out, codec, text_encoder)
-    boards = {same_name(path): path for path in files if path.suffix.lower() == ".json"}
-    names, problems = [same_name(path) for path in paths], []
-    try:
-        for video, name in zip(tqdm(paths, desc="ingest", unit="video"), names):
-            try:
-                check(names.count(name) == 1, "another video here has the same name before the dot")
-                check(name in boards, f"has no storyboard, {video.stem}.json must be beside it")
-                target, stat = Path(out) / f"{name}.safetensors", video.stat()
-                story = short_hash(boards[name].read_bytes())
-                source = f"{stat.st_size} bytes of {stat.st_mtime_ns} ns, storyboard {story}"
-                origin = {"source": source, "made_with": json.dumps(made_with)}
-                if not origin.items() <= read_metadata(target).items():
-                    cuts, last = read_cuts(boards[name])
-                    frames = cut_segments(read_frames(video, codec.height, codec.width), cuts, last)
-                    latents = [codec.encode(segment).half() for segment in frames]
-                    write_latents(target, origin, latents, [cut[1:] for cut in cuts], text_encoder)
-            except (UserError, OSError, SafetensorError) as error:
-                problems.append(f"{video.name}: {error}")
-                say(f"left out: {problems[-1]}")
-    finally:
-        write_index(out, made_with, sorted(Path(out).glob("[!.]*.safetensors")))
+    made_with, problems = open_folder(out, codec, text_encoder), []
+    for video in tqdm(paths, desc="ingest", unit="video"):
+        try:
+            name, stat = names[video], video.stat()
+            check(name in boards, f"has no storyboard, {video.stem}.json must be beside it")
+            story, target = short_hash(boards[name].read_bytes()), Path(out) / f"{name}.safetensors"
+            source = f"{stat.st_size} bytes of {stat.st_mtime_ns} ns, storyboard {story}"
+            origin = {"source": source, "made_with": json.dumps(made_with)}
+            if not origin.items() <= read_metadata(target).items():
+                cuts, latents = read_cuts(boards[name]), []
+                for start in chain(*[starts for starts, _, _ in cuts]):
+                    frames = read_frames(video, start, codec.height, codec.width)
+                    latents.append(codec.encode(frames).half())
+                write_latents(target, origin, latents, [cut[1:] for cut in cuts], text_encoder)
+        except (UserError, OSError, SafetensorError) as error:
+            problems.append(f"{video.name}: {error}")
+            warn(f"left out: {problems[-1]}")
+    write_index(out, made_with, sorted(Path(out).glob("[!.]*.safetensors")))
     check(not problems, f"{len(problems)} of {len(paths)} videos were left out: " + "; ".join(problems))
 
 
 # 7. The loader ----------------------------------------------------------------------------------------------
 
-
 def returns(places):
     """Whether a place comes back after another one: A B A, A A B C A."""
     changes = [place for place, before in zip(places, [object(), *places]) if place != before]
     return len(changes) > len(set(changes)) and None not in places
-
 
 class Runs:
     """Every run of `segments` consecutive segments of the videos in `folder`; len() counts them. If there are
@@ -1052,20 +845,18 @@ class Runs:
     {channels, height, width (of latents), text_len, text_dim}."""
 
     def __init__(self, folder, segments):
-        self.folder, self.segments, self.tensors = Path(folder), segments, []
+        self.folder, self.segments, self.tensors, runs = Path(folder), segments, [], []
         with reading(f"{folder}/index.json, made by dataset.py --ingest"):
             index = json.loads((self.folder / "index.json").read_text())
             assert index["format"] == FORMAT, f"its format is not {FORMAT}: ingest the videos again"
             self.encoders = {kind: index[kind] for kind in ("codec", "scale", "text_encoder")}
             sizes = [*index["latents"][1:], *index["text"]]
             self.sizes = dict(zip(("channels", "height", "width", "text_len", "text_dim"), sizes))
-            self.videos, runs = index["videos"], []
+            self.videos = index["videos"]
         for i, video in enumerate(self.videos):
             with reading(f"{self.folder / video['file']} (ingest it again)"):
                 file = safe_open(self.folder / video["file"], "pt")
                 self.tensors.append([file.get_slice(name) for name in ("latents", "text")])
-                expected = [[video["segments"], *index[name]] for name in ("latents", "text")]
-                assert [x.get_shape() for x in self.tensors[-1]] == expected, "not the shapes of index.json"
             runs += [(i, start) for start in range(video["segments"] - segments + 1)]
         longest = max([video["segments"] for video in self.videos], default=0)
         check(runs, f"{folder}: no video has {segments} segments, the longest has {longest}")
@@ -1095,73 +886,37 @@ class Runs:
 
 # 8. Pictures and video out ----------------------------------------------------------------------------------
 
-
-def write_video(path, frames, fps=FPS):
+def write_video(path, frames):
     """Writes uint8 frames [n, height, width, 3] as an mp4 that any player opens."""
-    import imageio_ffmpeg
-    with reading("ffmpeg"):
-        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-    size, frames = f"{frames.shape[2]}x{frames.shape[1]}", np.ascontiguousarray(frames).reshape(-1).data
-    source = ["-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
-    for encoder in ("libx264 -crf 17 -preset veryfast", "mpeg4 -q:v 2"):    # not every ffmpeg has the first
-        target = ["-threads", "1", "-pix_fmt", "yuv420p", "-c:v", *encoder.split()]
-        command = [ffmpeg, "-y", *source, *target, str(Path(path).absolute())]
-        done = subprocess.run(command, input=frames, capture_output=True)
-        if done.returncode == 0:
-            return
-    reason = done.stderr.decode(errors="replace").strip()[-200:] or f"status {done.returncode}"
-    raise UserError(f"{Path(path).parent}: ffmpeg cannot write a video here ({reason})")
-
+    imageio.mimwrite(path, frames, fps=FPS, quality=6.6, macro_block_size=8)
 
 def resize(frames, factor):
     """uint8 frames [n, h, w, 3] -> [n, factor h, factor w, 3], smoothly."""
-    from PIL import Image
     size = round(frames.shape[2] * factor), round(frames.shape[1] * factor)
     return np.stack([Image.fromarray(frame).resize(size, Image.LANCZOS) for frame in frames])
 
-
-def contact_sheet(frames, board, columns=6):
-    """uint8 [height, width, 4]: a row a scene, its first words, if the font has them, and frames."""
-    from matplotlib import font_manager, ft2font
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def contact_sheet(frames, board, path, columns=6):
+    """A picture of the video: a row a scene, its first words and frames."""
     from matplotlib.figure import Figure
-    known = ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    scenes = sorted({segment.scene for segment in board})
+    scenes = [list(own) for _, own in groupby(range(len(board)), lambda i: board[i].scene)]
     sheet = Figure((12, 1.75 * len(scenes)), layout="constrained")
-    for row, scene in zip(sheet.subplots(len(scenes), columns, squeeze=False), scenes):
-        own = [i for i, segment in enumerate(board) if segment.scene == scene]
+    for row, own in zip(sheet.subfigures(len(scenes), squeeze=False)[:, 0], scenes):
         words = board[own[0]].text.removeprefix(START).removesuffix(END)
-        if all(ord(c) in known and unicodedata.bidirectional(c) not in ("R", "AL") for c in words):
-            caption = row[0].text(0, 1.05, textwrap.shorten(words, 150), size=9, parse_math=False)
-            caption.set(transform=row[0].transAxes, in_layout=False)          # it may be wider than its frame
-        row[1].set_title(" ", fontsize=9)
+        row.suptitle(textwrap.shorten(words, 150), x=0.01, ha="left", size=9, parse_math=False)
         first = SEGMENT * own[0] + 1                          # frame 48 i is still the segment before's
         moments = np.linspace(first, SEGMENT * (own[-1] + 1), columns).round().astype(int)
-        for axes, moment in zip(row, moments):
+        for axes, moment in zip(row.subplots(1, columns), moments):
             axes.imshow(frames[moment])
             axes.set(xticks=[], yticks=[], xlabel=f"{moment / FPS:.1f} s")
-    canvas = FigureCanvasAgg(sheet)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
-
-
-def save_gif(pictures, path):
-    """Writes pictures as a GIF, 8 a second."""
-    import imageio
-    with atomic(path) as temporary:
-        imageio.mimwrite(temporary, pictures, duration=2000 / FPS, loop=0)
-
+    sheet.savefig(path)
 
 def save_video(frames, board, path):
     """Writes path (.mp4), and beside it the same as .gif (8 frames a second) and a contact sheet as .png."""
-    import imageio
-    path, factor = Path(path), max(1, round(384 / frames.shape[2]))
-    with atomic(path) as temporary:
-        write_video(temporary, resize(frames, factor))
-    save_gif(resize(frames[::2], max(1, factor // 2)), path.with_suffix(".gif"))
-    with atomic(path.with_suffix(".png")) as temporary:
-        imageio.imwrite(temporary, contact_sheet(frames, board))
-
+    factor = max(1, round(384 / frames.shape[2]))
+    write_video(path, resize(frames, factor))
+    smaller = resize(frames[::2], max(1, factor // 2))
+    imageio.mimwrite(path.with_suffix(".gif"), smaller, duration=2000 / FPS, loop=0)
+    contact_sheet(frames, board, path.with_suffix(".png"))
 
 @contextmanager
 def plot(path, **labels):
@@ -1172,9 +927,7 @@ def plot(path, **labels):
     yield axes
     axes.set(**labels)
     axes.legend()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 def plot_loss(folder):
     """loss.png from a stage's log.jsonl."""
@@ -1189,35 +942,29 @@ def plot_loss(folder):
 
 # 9. The command line ----------------------------------------------------------------------------------------
 
-
 def main():
     parser = argparse.ArgumentParser(description="The pocket world, and real videos, as data to train on.")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--render", type=positive, metavar="N", help="write N episodes of the pocket world into --out")
     add("--ingest", metavar="VIDEOS", help="take a folder of NAME.mp4 and NAME.json to latents in --out")
     add("--storyboard", type=seed_number, metavar="SEED", help="print a storyboard that training never sees")
-    add("--train_codec", action="store_true", help="make the pocket world's codec in assets/ again")
     add = parser.add_argument
     add("--out", metavar="DIR", help="the folder to write to")
     add_encoder_flags(parser)
-    add("--pixels", type=whole_number(16, step=16), nargs=2, metavar=("HEIGHT", "WIDTH"),
-        help="of frames (default: 64 96, or the VAE's own)")
     add("--text_len", type=positive, metavar="N", help="tokens of a segment (default: 40, with T5 226)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of VAE and T5")
     add("--segments", type=whole_number(1, 21), default=21, metavar="S", help="of an episode (default: 21)")
-    add("--seed", type=seed_number, default=0, help="of the first episode that is rendered (default: 0)")
+    add("--seed", type=whole_number(0, TEST_SEEDS - 1), default=0, help="of the first episode (default: 0)")
     args = parser.parse_args()
     if (args.render or args.ingest) and not args.out:
         parser.error("--out DIR is missing, the folder to write to")
     if args.render:
         render_world(args.out, args.render, args.segments, args.seed)
     elif args.ingest:
-        settings = args.vae, args.text_encoder, args.vae_scale, args.pixels, args.text_len, args.device
+        settings = args.vae, args.text_encoder, args.vae_scale, args.text_len, args.device
         ingest(args.ingest, args.out, *open_encoders(*settings))
-    elif args.train_codec:
-        train_codec()
     else:
-        print(storyboard_text(episode(TEST_SEEDS + args.storyboard, args.segments)), end="")
+        print("\n\n".join(segment.text for segment in held_out(args.segments, args.storyboard)))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python sample.py --stage 9s --storyboard story.txt --out video.mp4  # your own: Format 3, JSON or JSONL
     python sample.py --stage 9s --evaluate                              # the paper's four axes, in pixels
     python sample.py --stage 18s --compare --layers local ttt_mlp       # trained layers side by side
+    python sample.py --stage 18s --compare --train_seed 1               # those of ttt_minute.py --seed 1
 
-Writes the video as mp4 and GIF, and a contact sheet as PNG: one row per scene, each frame with its time.
-The sampler, `ddim` and `generate`, stands beside the training loss in ttt_minute.py.
+Writes mp4, GIF and a contact sheet, one row per scene. The sampler stands in ttt_minute.py: `generate`.
 """
 
 import argparse
@@ -15,27 +15,29 @@ import base64
 import itertools
 import json
 import os
+import random
 import sys
-import tempfile
 import time
-from dataclasses import astuple, dataclass, replace
+from collections import namedtuple
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import imageio
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as nnf
 from einops import rearrange, reduce, repeat
+from PIL import Image, ImageDraw
 
 import dataset
 from dataset import CHARACTER_COLOURS, CHARACTERS, FOURS, FRAMES, HEIGHT, PLACES, SEGMENT, TEST_SEEDS, check
-from ttt_minute import (LAYERS, PRESETS, STAGES, Config, add_noise, ddim, find_checkpoint,  # noqa: F401
-                        generate, guidance_scale, is_first, load_checkpoint, pick_device, read_facts,
-                        run_folder, save_checkpoint)
+from ttt_minute import (ASSETS, LAYERS, PRESETS, STAGES, Config, add_noise, find_checkpoint, generate,
+                        is_first, load_checkpoint, pick_device, read_facts, run_folder, save_checkpoint)
+
 
 # 1. Reading a video back --------------------------------------------------------------------------
-#
 # The pocket world is drawn from known shapes, so a video of it can be read back: which room, wall and
 # furniture the median picture of a segment fits best, and which sprite, in which pose and colour, fits
 # best where in every drawing (one per latent frame).
@@ -44,27 +46,21 @@ POSES = "stand air walk0 walk1 walk2 walk3 wave0 wave1 wave2 wave3".split()
 THERE = 0.035                   # mean squared error (of 0 ... 1) below which a sprite counts as seen
 LIKE = 0.12                     # error of a pixel (of 0 ... 1) up to which it counts as drawn by the world
 
-
-@dataclass(frozen=True)
-class Track:
-    """A character in a segment, as it was seen."""
-    drawings: list              # FRAMES times (x, y, pose, facing right): its feet in picture heights
-    error: np.ndarray           # [FRAMES], how well its sprite fits
-    colour: str                 # the same in all drawings
-
+# Somebody in a segment: FRAMES times (x, y, pose, facing right), feet in picture heights; how well the sprite
+# fits, [FRAMES]; the colour, the same in all drawings.
+Track = namedtuple("Track", "drawings error colour")
 
 def half(pictures):
     """float32 [..., h, w, c] at half the size."""
     return reduce(np.float32(pictures), "... (h a) (w b) c -> ... h w c", "mean", a=2, b=2)
 
-
 @lru_cache(maxsize=None)
 def backgrounds():
-    """Every room with every wall and furniture: [(name, Room)] and float32 [n, 64, 96, 3] of 0 ... 1."""
+    """Every room with every wall and furniture: [(room, wall, furniture, its colour)] and their pictures,
+    float32 [n, 64, 96, 3] of 0 ... 1."""
     names = dataset.ROOMS, dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS
-    known = [(name, dataset.Room(*hidden)) for name, *hidden in itertools.product(*names)]
+    known = list(itertools.product(*names))
     return known, half([dataset.draw_background(*room) for room in known]) / 255
-
 
 @lru_cache(maxsize=None)
 def sprites(who):
@@ -77,7 +73,6 @@ def sprites(who):
     paint, clear = (rearrange(torch.from_numpy(x), "K h w c -> K c h w") for x in (paint, clear))
     mask = (clear < 0.5).float()
     return keys, paint / (1 - clear).clamp_min(0.5) * mask, mask
-
 
 @torch.no_grad()
 def read_track(pictures, who, view):
@@ -104,7 +99,6 @@ def read_track(pictures, who, view):
     drawings = [(*feet, pose, right) for *feet, (_, pose, right) in zip(x, y, found)]
     return Track(drawings, best.values[colour].numpy(), found[0][0])
 
-
 def draw(background, tracks):
     """uint8 [FRAMES, 128, 192, 3]: a room, and everybody where they were seen."""
     pictures = repeat(background, "h w c -> n h w c", n=FRAMES).copy()
@@ -114,14 +108,13 @@ def draw(background, tracks):
         dataset.paste(picture, seen, colours)
     return pictures
 
-
 def read_segment(frames):
-    """uint8 frames [SEGMENT, 64, 96, 3] -> the room's name, what is hidden about it (a Room), {who: Track},
-    and the fraction of pixels that are as the world would draw all this."""
+    """uint8 frames [SEGMENT, 64, 96, 3] -> the room's name, what is hidden about it (wall, furniture, its
+    colour), {who: Track}, and the fraction of pixels that are as the world would draw all this."""
     known, rooms = backgrounds()
     error = np.abs(rooms - np.float32(np.median(frames, axis=0) / 255))
-    room, hidden = known[error.clip(max=0.3).mean((1, 2, 3)).argmin()]  # clipped: characters count little
-    background = dataset.draw_background(room, hidden)
+    room, *hidden = known[error.clip(max=0.3).mean((1, 2, 3)).argmin()]    # clipped: characters count little
+    background = dataset.draw_background(room, *hidden)
     pictures, tracks = frames[1::FOURS], {}                             # one frame of every drawing
     for who in sorted(CHARACTERS, reverse=True):                        # Pip is in front
         white, black = (half(draw(np.full_like(background, shade), tracks))[..., 0] for shade in (255, 0))
@@ -135,9 +128,7 @@ def read_segment(frames):
 AXES = "text following", "motion naturalness", "aesthetics", "temporal consistency"
 ROOM = "wall", "furniture", "furniture's colour"                        # what an episode hides about a room
 HIDDEN = dict(zip(ROOM, (dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS)))
-HIDDEN |= dict.fromkeys(CHARACTERS, CHARACTER_COLOURS)
-CHANCE = {name: 1 / len(values) for name, values in HIDDEN.items()}
-
+CHANCE = {name: 1 / len(HIDDEN.get(name, CHARACTER_COLOURS)) for name in (*ROOM, *CHARACTERS)}
 
 def deed(drawings):
     """What somebody does in a segment, as the text would say it: (verb, from where, to where)."""
@@ -151,7 +142,6 @@ def deed(drawings):
         return "jump", start, end
     return "wave" if sum(pose.startswith("wave") for pose in poses) > FRAMES / 4 else "stand", start, end
 
-
 def natural(track):
     """Fraction of the steps between drawings in which a character neither vanishes, nor moves farther than it
     can run or jump, nor jitters."""
@@ -160,10 +150,8 @@ def natural(track):
     back = (dx[1:] * dx[:-1] < 0) & (np.minimum(np.abs(dx[1:]), np.abs(dx[:-1])) > 0.02)
     return np.mean(there[1:] & there[:-1] & ~far & ~np.append(False, back))
 
-
 def evaluate(frames, episode):
     """Reads a video of an episode, uint8 frames [SEGMENT S + 1, h, w, 3]. Returns
-
     scores    {name: 0 ... 1}: the four axes, then how often each hidden attribute was as it had been when its
               room or character was first seen (nan where nothing returned)
     returns   [(room or character, segments since first seen, fraction of its attributes that came back)]
@@ -175,7 +163,7 @@ def evaluate(frames, episode):
         scene = episode.scenes[segment.scene]
         truth = scene.drawings[FRAMES * (i - scene.first) + 1:][:FRAMES]
         room, hidden, tracks, drawn = read_segment(frames[SEGMENT * i + 1:SEGMENT * (i + 1) + 1])
-        right, shown = [room == scene.room], {scene.room: dict(zip(ROOM, astuple(hidden)))}
+        right, shown = [room == scene.room], {scene.room: dict(zip(ROOM, hidden))}
         for who in CHARACTERS:
             there, cast = np.mean(tracks[who].error < THERE) > 0.5, who in scene.cast
             right.append(there == cast)
@@ -196,17 +184,14 @@ def evaluate(frames, episode):
                 returns.append((what, i - then, float(consistency[-1])))
     return {name: mean_and_error(values)[0] for name, values in scores.items()}, returns
 
-
 def mean_and_error(values):
     """The mean of all that is not nan, and its standard error; nan where there is too little."""
-    values = np.array(values, float)
-    values = values[~np.isnan(values)]
+    values = [float(value) for value in values if not np.isnan(value)]
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
     return float(np.mean(values)) if len(values) else np.nan, float(error)
 
 
 # 3. Memory, read from the loss --------------------------------------------------------------------
-
 
 def stories_that_return(segments, videos):
     """Held-out episodes whose last scene is one segment in a place that was seen before."""
@@ -217,7 +202,6 @@ def stories_that_return(segments, videos):
         if last.segments == 1 and last.room in [scene.room for scene in before]:
             found.append(episode)
     return found
-
 
 def other_pasts(episode, stranger):
     """The same story with other colours: {what is different: Episode}."""
@@ -230,7 +214,6 @@ def other_pasts(episode, stranger):
             "rooms exchanged": replace(episode, rooms=rooms),
             "characters recoloured": replace(episode, colours=dict(zip(episode.colours, free))),
             "characters swapped": replace(episode, colours=dict(zip(episode.colours, colours[::-1])))}
-
 
 @torch.no_grad()
 def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(640, 760, 880)):
@@ -268,25 +251,21 @@ def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(640,
 
 # 4. Scoring a layer, and comparing several --------------------------------------------------------
 
-
-def score(model, codec, text_encoder, segments, seeds, path, **settings):
-    """Samples and scores the held-out storyboards of some seeds, and writes the videos, the first to path.
-    Returns {"scores", "returns", "memory"} for print_table, and the first video's frames."""
-    found = dict(scores=[], returns=[], memory=memory_in_loss(model, codec, text_encoder, segments))
-    for seed in seeds:
+def score(args, model, codec, text_encoder, segments, seeds, files):
+    """Samples held-out storyboards of some seeds into mp4 files and scores them. Returns {"scores",
+    "returns", "memory"} for `summary`, and the first video's frames."""
+    memory, videos = memory_in_loss(model, codec, text_encoder, segments), []
+    found = dict(scores=[], returns=[], memory=memory)
+    for seed, file in zip(seeds, files):
         episode = dataset.episode(TEST_SEEDS + seed, segments)
         text, _ = dataset.embed(episode.segments, text_encoder, "held-out storyboard")
-        frames = codec.decode(generate(model, text, seed=seed, **settings))
-        scores, returns = evaluate(frames, episode)
+        latents = generate(model, text, seed=seed, steps=args.steps, guidance=args.guidance)
+        videos.append(codec.decode(latents))
+        dataset.save_video(videos[-1], episode.segments, file)
+        scores, returns = evaluate(videos[-1], episode)
         found["scores"].append(scores)
         found["returns"] += returns
-        if seed == seeds[0]:
-            first = frames
-            dataset.save_video(frames, episode.segments, path)
-        else:
-            dataset.write_video(path.with_stem(f"evaluation-{seed}"), frames)
-    return found, first
-
+    return found, videos[0]
 
 def summary(found):
     """A column of the table, {line: text}."""
@@ -297,26 +276,22 @@ def summary(found):
     for kind, names in ("rooms", dataset.ROOMS), ("characters", CHARACTERS):
         for line, low, high in ("1-4 segments", 1, 4), ("5 and more", 5, np.inf):
             same = [back for what, after, back in found["returns"] if what in names and low <= after <= high]
-            lines[f"{kind} after {line}"] = f"{np.mean(same):.3f} ({len(same)})" if same else "-"
+            lines[f"{kind} after {line}"] = f"{mean_and_error(same)[0]:.3f} ({len(same)})"
     for t, losses in found["memory"].items():
         lines |= {f"{name} at t {t}": "%+.4f +- %.4f" % value for name, value in losses.items()}
     return {line: text.replace(" +- nan", "").replace("nan", "-") for line, text in lines.items()}
 
-
-def print_table(found):
-    """{layer: what was found}, one column per layer."""
-    columns = {layer: summary(own) for layer, own in found.items()}
-    print(f"{'':<34}" + "".join(f"{layer:>19}" for layer in columns))
-    for line in next(iter(columns.values())):
-        print(f"{line:<34}" + "".join(f"{column[line]:>19}" for column in columns.values()))
-    print("+-: standard error over videos; in brackets: how many returns were seen; loss: of a last scene\n"
-          "in a place seen before, and how much it rises when the scenes before it had other colours")
-
+def print_table(columns, note):
+    """{head: {line: text}}, all with the same lines, and a note below."""
+    for line in ("", *next(iter(columns.values()))):
+        cells = [column[line] if line else head for head, column in columns.items()]
+        print(f"{line:<34}" + "".join(f"{cell:>22}" for cell in cells))
+    print(note)
 
 def plot_consistency(found, path):
     """Temporal consistency against the segments since the first appearance, one line per layer."""
-    labels = dict(xlabel="segments since the first appearance", ylabel="hidden attributes that came back")
-    with dataset.plot(path, ylim=(0, 1.03), **labels) as axes:
+    with dataset.plot(path, ylim=(0, 1.03), xlabel="segments since the first appearance",
+                      ylabel="hidden attributes that came back") as axes:
         for layer, own in found.items():
             distances = sorted({after for _, after, _ in own["returns"]})
             means = [np.mean([back for _, after, back in own["returns"] if after == d]) for d in distances]
@@ -324,31 +299,21 @@ def plot_consistency(found, path):
         axes.axhline(np.mean([CHANCE[name] for name in ROOM]), color="0.6", linestyle=":", label="chance")
         axes.locator_params(axis="x", integer=True)
 
-
-def captioned(name, picture):
-    """A picture uint8 [h, w, 3] with its name above it."""
-    from PIL import Image, ImageDraw
-    caption = Image.new("RGB", (picture.shape[1], 16), "white")
-    ImageDraw.Draw(caption).text((4, 2), name, fill="black")
-    return np.concatenate([np.asarray(caption), picture])
-
-
 def side_by_side(videos, folder):
-    """The same story by several layers, {layer: uint8 frames [n, h, w, 3]}: comparison.png has one row per
-    layer and one picture per segment, comparison.gif plays them side by side."""
-    from PIL import Image
-    videos = {layer: dataset.resize(video[1::FOURS], 192 / video.shape[2]) for layer, video in videos.items()}
-    rows = [captioned(layer, np.hstack(frames[FRAMES // 2::FRAMES])) for layer, frames in videos.items()]
-    with dataset.atomic(folder / "comparison.png") as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary)
-    moments = list(zip(*videos.values()))
-    moments = moments[::max(1, len(moments) // 72)]                     # long stories run faster
-    pictures = [np.hstack([captioned(*named) for named in zip(videos, moment)]) for moment in moments]
-    dataset.save_gif(pictures, folder / "comparison.gif")
+    """The same story by several layers, {layer: uint8 frames [n, h, w, 3]}, in columns: comparison.gif plays
+    it, comparison.png has one picture a segment."""
+    films = [dataset.resize(video[1::FOURS], 192 / video.shape[2]) for video in videos.values()]
+    films = np.concatenate(films, axis=2)
+    head = Image.new("RGB", (films.shape[2], 16), "white")
+    for column, layer in enumerate(videos):
+        ImageDraw.Draw(head).text((192 * column + 4, 2), layer, fill="black")
+    imageio.imwrite(folder / "comparison.png", np.concatenate([head, *films[FRAMES // 2::FRAMES]]))
+    films = films[::max(1, len(films) // 72)]                           # long stories run faster
+    pictures = [np.concatenate([head, film]) for film in films]
+    imageio.mimwrite(folder / "comparison.gif", pictures, duration=2000 / dataset.FPS, loop=0)
 
 
 # 5. People (4.2) ----------------------------------------------------------------------------------
-
 
 def elo(wins, shared=0.0):
     """Scores [..., n] with mean 1000, from wins [..., n, n], how often i was preferred to j: the maximum
@@ -362,7 +327,6 @@ def elo(wins, shared=0.0):
         strength = strength / strength.log().mean(-1, keepdim=True).exp()
     return 1000 + 400 * strength.log10()
 
-
 def elo_errors(wins, resamples=200, shared=0.0):
     """Standard deviation [n] of elo if each pair's votes are drawn again with replacement: the bootstrap."""
     votes = (wins + wins.mT).expand(resamples, *wins.shape)
@@ -370,86 +334,35 @@ def elo_errors(wins, resamples=200, shared=0.0):
     drawn = torch.binomial(votes, (wins / votes).nan_to_num(), generator=generator).triu(1)
     return elo(drawn + (votes.triu(1) - drawn).mT, shared).std(0)
 
-
 def print_elo(path):
     """--elo: the paper's table from what vote.html saved: a row a layer, a column an axis and one for all."""
     with dataset.reading(path):
-        votes = json.loads(Path(path).read_text())
+        votes = json.loads(path.read_text())
         layers = sorted({layer for vote in votes for layer in (vote["winner"], vote["loser"])})
         wins = torch.zeros(len(AXES), len(layers), len(layers), dtype=torch.float64)
         for vote in votes:
             wins[AXES.index(vote["axis"]), layers.index(vote["winner"]), layers.index(vote["loser"])] += 1
-    wins = torch.cat([wins, wins.sum(0, keepdim=True)])
-    columns = [(elo(own, 0.5).tolist(), elo_errors(own, shared=0.5).tolist()) for own in wins]
-    print(f"{'layer':<16}" + "".join(f"{name:>21}" for name in (*AXES, "all axes")))
-    for i, layer in enumerate(layers):
-        cells = [f"{scores[i]:>14.0f} +- {errors[i]:>3.0f}" for scores, errors in columns]
-        print(f"{layer:<16}" + "".join(cells))
-    print(f"{len(votes)} votes; +-: standard deviation over 200 bootstrap resamples of the votes")
-
-
-VOTE_PAGE = """<!doctype html><meta charset="utf-8"><title>vote</title>
-<style>body { font: 18px sans-serif; text-align: center } video { width: 45vw } b { font-size: 26px }</style>
-<h3 id="question"></h3>
-<video id="left" loop muted autoplay></video> <video id="right" loop muted autoplay></video>
-<p><b>&larr;</b> left is better &nbsp; <b>&rarr;</b> right is better &nbsp; <b>space</b> from the start
-&nbsp; <b>backspace</b> undo &nbsp; <b>S</b> save votes.json</p><p id="count"></p><p id="text"></p>
-<script>
-const axes = %AXES%, texts = %TEXTS%, videos = %VIDEOS%, votes = [], pairs = [], layers = Object.keys(videos);
-for (const axis of axes) for (const i in layers) for (const j in layers) if (i < j)
-  videos[layers[i]].forEach((_, story) => {
-    const pair = [layers[i], layers[j]];
-    pairs.push({axis, story, pair: Math.random() < .5 ? pair : pair.reverse(), at: Math.random()});
-  });
-pairs.sort((a, b) => a.at - b.at);
-const $ = id => document.getElementById(id), sides = [$("left"), $("right")];
-function show() {
-  const {axis, story, pair} = pairs[votes.length] || {};
-  $("question").textContent = pair ? "Better in " + axis + "?" : "Thank you. Press S to save.";
-  $("count").textContent = votes.length + " of " + pairs.length + " votes";
-  $("text").textContent = pair && texts[story] || "";
-  sides.forEach((video, side) => {
-    video.hidden = !pair;
-    if (pair) video.src = videos[pair[side]][story];
-  });
-}
-function save() {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(votes, null, 1)], {type: "application/json"}));
-  link.download = "votes.json";
-  link.click();
-}
-document.onkeydown = event => {
-  const {axis, story, pair} = pairs[votes.length] || {};
-  const side = ["ArrowLeft", "ArrowRight"].indexOf(event.key);
-  if (event.repeat) return;
-  if (pair && side >= 0) votes.push({axis, story, winner: pair[side], loser: pair[1 - side]});
-  else if (event.key == "Backspace") votes.pop();
-  else if (event.key == " ") return sides.forEach(video => video.currentTime = 0);
-  else return event.key.toLowerCase() == "s" && save();
-  show();
-};
-show()</script>"""
-
+    columns = {}
+    for name, own in zip((*AXES, "all axes"), (*wins, wins.sum(0))):
+        pairs = zip(elo(own, 0.5).tolist(), elo_errors(own, shared=0.5).tolist())
+        columns[name] = dict(zip(layers, ["%.0f +- %3.0f" % pair for pair in pairs]))
+    print_table(columns, f"{len(votes)} votes; +-: standard deviation over 200 bootstrap resamples")
 
 def write_vote_page(videos, path, texts=()):
     """A page that asks people: blind pairs of {layer: mp4 files, one a story} in random order, four axes."""
-    def inside(file):
-        return "data:video/mp4;base64," + base64.b64encode(Path(file).read_bytes()).decode()
-
-    page, videos = VOTE_PAGE, {layer: [*map(inside, files)] for layer, files in videos.items()}
-    for name, value in ("AXES", AXES), ("VIDEOS", videos), ("TEXTS", texts):
-        page = page.replace(f"%{name}%", json.dumps(value).replace("<", "\\u003c"))
-    with dataset.atomic(path) as temporary:
-        temporary.write_text(page)
+    inside = lambda file: "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+    videos, page = {layer: [*map(inside, files)] for layer, files in videos.items()}, ASSETS / "vote.html"
+    asked = itertools.product(AXES, range(min(map(len, videos.values()))), itertools.combinations(videos, 2))
+    pairs = [dict(axis=axis, story=story, pair=random.sample(pair, 2)) for axis, story, pair in asked]
+    random.shuffle(pairs)
+    facts = json.dumps([pairs, texts, videos]).replace("<", "\\u003c")
+    path.write_text(page.read_text().replace("%FACTS%", facts))
 
 
 # 6. The command line ------------------------------------------------------------------------------
 
-
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Turns a storyboard into a video with a trained stage.",
-                                     epilog="example: sample.py --segments 3", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Films a storyboard by a trained stage.", allow_abbrev=False)
     add, count = parser.add_argument, dataset.positive
     add("--stage", choices=STAGES, default="63s", help="the stage that was trained (default 63s)")
     add("--preset", choices=PRESETS, default="pocket")
@@ -459,7 +372,8 @@ def parse_arguments():
     add("--out", type=Path, metavar="FILE", help="the video (default OUT_DIR/PRESET-LAYER/STAGE/video.mp4)")
     add("--out_dir", type=Path, default="out", metavar="DIR", help="where runs were written (default out)")
     add("--seed", type=dataset.seed_number, default=0, help="of the noise and the held-out storyboard")
-    add("--steps", type=count, default=50, help="DDIM steps, at most 1000 (default 50)")
+    add("--train_seed", type=dataset.seed_number, default=0, help="of the training run to open (default 0)")
+    add("--steps", type=dataset.whole_number(1, 1000), default=50, help="DDIM steps (default 50)")
     add("--guidance", type=dataset.finite, nargs=2, default=(1.0, 4.0), metavar=("LOW", "HIGH"))
     add("--negative", metavar="TEXT", help="what to move away from, where the storyboard names nothing")
     add("--evaluate", action="store_true", help="score held-out storyboards on the paper's four axes")
@@ -474,63 +388,51 @@ def parse_arguments():
     add("--shard", type=count, metavar="N", help="torchrun: N processes share the weights (default all)")
     return parser.parse_args()
 
-
-def open_stage(args, layer, device):
+def open_stage(args, config, device):
     """A trained stage: its file, its facts, and the codec and text encoder that it was trained with."""
-    config = Config(**PRESETS[args.preset] | dict(preset=args.preset, layer=layer))
     path = find_checkpoint(args.out_dir, config, args.stage)
-    check(path, f"{run_folder(args.out_dir, config, args.stage)} has no weights; train them with: "
-                f"python ttt_minute.py --preset {args.preset} --stage {args.stage} --layer {layer}")
+    check(path, f"{run_folder(args.out_dir, config, args.stage)} has no weights; train: python ttt_minute.py "
+                f"--preset {config.preset} --stage {args.stage} --layer {config.layer} --seed {config.seed}")
     facts = read_facts(path)
-    size = 8 * facts["config"]["height"], 8 * facts["config"]["width"]
-    return path, facts, *dataset.open_encoders(args.vae, args.text_encoder, args.vae_scale, size,
+    return path, facts, *dataset.open_encoders(args.vae, args.text_encoder, args.vae_scale,
                                                facts["config"]["text_len"], device, facts["encoders"])
 
-
-def check_writable(path):
-    """OSError now, and not after an hour of sampling."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
-
-
-def compare(args, layers, segments, device):
-    """Scores those layers that are trained on the same storyboards and shows them together."""
+def compare(args, configs, segments, device):
+    """Scores those layers that are trained, by configs, on the same stories, and shows them side by side."""
     opened, found, videos, files = {}, {}, {}, {}
-    for layer in layers:
+    for config in configs:
         try:
-            opened[layer] = open_stage(args, layer, device)
+            opened[config] = open_stage(args, config, device)
         except dataset.UserError as error:
-            check(args.compare, str(error))
-            print(f"{layer} is left out: {error}", file=sys.stderr)
+            print(f"{config.layer} is left out: {error}", file=sys.stderr)
     check(opened, "no layer can be scored")
-    for layer, (path, _, codec, text_encoder) in opened.items():
+    seeds = range(args.seed, args.seed + args.videos)
+    for config, (path, _, codec, text_encoder) in opened.items():
+        folder, layer = run_folder(args.out_dir, config, args.stage), config.layer
+        folder.mkdir(parents=True, exist_ok=True)
+        files[layer] = [folder / f"evaluation-{seed}.mp4" for seed in seeds]
         model = load_checkpoint(path).eval().to(device)
-        video = run_folder(args.out_dir, model.config, args.stage) / f"evaluation-{args.seed}.mp4"
-        check_writable(video)
-        seeds = range(args.seed, args.seed + args.videos)
-        files[layer] = [video.with_stem(f"evaluation-{seed}") for seed in seeds]
-        found[layer], videos[layer] = score(model, codec, text_encoder, segments, seeds, video,
-                                            steps=args.steps, guidance=args.guidance)
-    folder = args.out_dir / f"{args.preset}-comparison" / args.stage if args.compare else video.parent
-    with dataset.atomic(folder / ("comparison.json" if args.compare else "evaluation.json")) as temporary:
+        found[layer], videos[layer] = score(args, model, codec, text_encoder, segments, seeds, files[layer])
+    if args.compare:
+        folder = run_folder(args.out_dir, replace(config, layer="comparison"), args.stage)
+    with dataset.atomic(folder / "comparison.json") as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     plot_consistency(found, folder / "consistency.png")
-    print_table(found)
+    side_by_side(videos, folder)
     if args.compare:
-        side_by_side(videos, folder)
         boards = [dataset.held_out(segments, seed) for seed in seeds]
         texts = [" ".join(segment.text for segment in board) for board in boards]
         write_vote_page(files, folder / "vote.html", texts)
-        print(f"look at comparison.png and comparison.gif, ask people with vote.html, in {folder}")
-
+    note = ("+-: standard error over videos; in brackets: how many returns were seen; loss: of a last scene\n"
+            "in a place seen before, and how much it rises when the scenes before it had other colours")
+    print_table({layer: summary(own) for layer, own in found.items()}, note)
+    print(f"look at comparison.png and comparison.gif, or ask people with vote.html, in {folder}")
 
 def main():
     args = parse_arguments()
     if args.elo:
         return print_elo(args.elo)
-    check(args.steps <= 1000, f"--steps {args.steps}: there are 1000 noise levels")
     check(args.compare or not args.layers, "--layers needs --compare")
-    check(not (args.storyboard and args.segments), "--segments: a storyboard has its own")
     segments = args.segments or STAGES[args.stage].segments
     device = pick_device(args.device)
     place = lambda make: make().to(device)
@@ -538,24 +440,24 @@ def main():
         check(not (args.evaluate or args.compare or args.export), "torchrun: to sample a storyboard only")
         from appendix import devices
         device, place = devices.join(device, [], args.context_parallel, args.shard)
+    run = dict(preset=args.preset, layer=args.layer, seed=args.train_seed)
+    config = Config(**PRESETS[args.preset] | run)
     if args.evaluate or args.compare:
         check(args.preset == "pocket", "only videos of the pocket world can be read back")
         check(segments >= 3, "rooms return in stories of 3 segments or more: --stage 9s, or --segments 3")
         layers = (args.layers or LAYERS) if args.compare else [args.layer]
-        return compare(args, layers, segments, device)
+        return compare(args, [replace(config, layer=layer) for layer in layers], segments, device)
 
-    config = Config(preset=args.preset, layer=args.layer)
     out = args.out or run_folder(args.out_dir, config, args.stage) / "video.mp4"
     check(out.suffix == ".mp4" and not out.is_dir(), f"--out {out}: must be a file that ends in .mp4")
-    check_writable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     where = args.storyboard or "held-out storyboard"
     boards = dataset.parse_storyboard(where) if args.storyboard else [dataset.held_out(segments, args.seed)]
     boards = [[replace(s, negative=s.negative or args.negative) for s in board] for board in boards]
     texts = [None] * len(boards)
     if is_first():
-        path, facts, codec, text_encoder = open_stage(args, args.layer, device)
+        path, facts, codec, text_encoder = open_stage(args, config, device)
         if args.export:
-            facts = {name: fact for name, fact in facts.items() if name != "config"}
             save_checkpoint(load_checkpoint(path).half(), args.export, **facts)
             return print(f"{args.export}: {path} in half precision")
         texts = [dataset.embed(board, text_encoder, where) for board in boards]
