@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import torch
@@ -204,18 +203,18 @@ def closed_form(f, W, tokens, gamma, beta, eps, checkpoint):
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
+    from triton import jit
+    from triton.language import constexpr
 except ImportError:                                           # there is no Triton for macOS and Windows
-    triton, tl = None, types.SimpleNamespace(constexpr=lambda value: value)
-    jit = lambda function: function
+    triton, jit, constexpr = None, lambda function: function, lambda value: value
 
 # Triton's interpreter runs kernels on a CPU. It cannot multiply bf16 numbers, so there operands are rounded
 # and go back to fp32.
-EMULATED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+EMULATED = constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @jit
-def tile_dot(x, y, PRECISION: tl.constexpr):
+def tile_dot(x, y, PRECISION: constexpr):
     """x @ y: operands rounded to PRECISION, "bf16" or "fp32", and the sum in fp32."""
     if PRECISION == "bf16":
         x, y = x.to(tl.bfloat16), y.to(tl.bfloat16)
@@ -252,15 +251,20 @@ def tile_J(p, xh, r):
 
 
 @jit
-def load_tokens(pointer, row, there, F: tl.constexpr):                          # [b, F], zeros behind the end
-    x = tl.load(pointer + row[:, None] * F + tl.arange(0, F)[None, :], mask=there[:, None], other=0)
-    return x.to(tl.float32)
+def rows_of(program, t, L, b: constexpr):
+    """Where the tokens of mini-batch t are, [b, 1]; -1 behind the end."""
+    token = t * b + tl.arange(0, b)[:, None]
+    return tl.where(token < L, program * L + token, -1)
 
 
 @jit
-def store_tokens(pointer, row, there, x, F: tl.constexpr):
-    to = pointer + row[:, None] * F + tl.arange(0, F)[None, :]
-    tl.store(to, x.to(pointer.dtype.element_ty), mask=there[:, None])
+def load_tokens(pointer, rows, F: constexpr):                                   # [b, F], zeros behind the end
+    return tl.load(pointer + rows * F + tl.arange(0, F)[None, :], mask=rows >= 0, other=0).to(tl.float32)
+
+
+@jit
+def store_tokens(pointer, rows, x, F: constexpr):
+    tl.store(pointer + rows * F + tl.arange(0, F)[None, :], x.to(pointer.dtype.element_ty), mask=rows >= 0)
 
 
 @jit
@@ -269,7 +273,7 @@ def add(pointers, x):
 
 
 @jit
-def tile_of(state, e, F: tl.constexpr, E: tl.constexpr):
+def tile_of(state, e, F: constexpr, E: constexpr):
     """Pointers to tile e of a state, W1 [F, E], b1 [E], W2 [E, F], b2 [F] one behind the other, or W1 [F, F],
     b1 [F]: columns e F ... of W1 and b1, rows e F ... of W2, and the whole b2."""
     i, j = tl.arange(0, F)[:, None], tl.arange(0, F)[None, :]
@@ -278,14 +282,14 @@ def tile_of(state, e, F: tl.constexpr, E: tl.constexpr):
 
 
 @jit
-def affine(W, e, x, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+def affine(W, e, x, F: constexpr, E: constexpr, PRECISION: constexpr):
     """x W1 + b1, tile e: [b, F]."""
     W1, b1, _, _ = tile_of(W, e, F, E)
     return tile_dot(x, tl.load(W1), PRECISION) + tl.load(b1)
 
 
 @jit
-def tile_model(W, x, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+def tile_model(W, x, F: constexpr, E: constexpr, PRECISION: constexpr):
     """f(x; W), [b, F]."""
     if E == F:
         return affine(W, 0, x, F, E, PRECISION)
@@ -297,8 +301,7 @@ def tile_model(W, x, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @jit
-def tile_backward_of_model(W, dW, x, dZ, dx, inside,
-                           F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+def tile_backward_of_model(W, dW, x, dZ, dx, inside, F: constexpr, E: constexpr, PRECISION: constexpr):
     """inside: points at what falls on Z1 besides, [b, F] a tile; None where there is nothing."""
     for e in tl.range(E // F, disable_licm=True):
         W1, _, W2, _ = tile_of(W, e, F, E)
@@ -309,7 +312,7 @@ def tile_backward_of_model(W, dW, x, dZ, dx, inside,
             add(dW2, tile_dot(X2.T, dZ, PRECISION))
             dZ1 = tile_dot(dZ, tl.load(W2).T, PRECISION) * slope
             if inside is not None:
-                dZ1 += tl.load(inside + e * b * F)
+                dZ1 += tl.load(inside + e * x.shape[0] * F)
         add(dW1, tile_dot(x.T, dZ1, PRECISION))
         add(db1, tl.sum(dZ1, 0)[None, :])
         dx += tile_dot(dZ1, tl.load(W1).T, PRECISION)
@@ -320,10 +323,9 @@ def tile_backward_of_model(W, dW, x, dZ, dx, inside,
 
 
 @jit
-def tile_learn(W, new, k, v, eta, row, there, gamma, beta, eps,
-               F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
+def tile_learn(W, new, k, v, eta, rows, gamma, beta, eps, F: constexpr, E: constexpr, PRECISION: constexpr):
     """The state W after a step goes to `new`, which may be W."""
-    k, v, eta = load_tokens(k, row, there, F), load_tokens(v, row, there, F), load_tokens(eta, row, there, 1)
+    k, v, eta = load_tokens(k, rows, F), load_tokens(v, rows, F), load_tokens(eta, rows, 1)
     xh, r = tile_normalise(tile_model(W, k, F, E, PRECISION), eps)
     G = eta * tile_J(gamma * (gamma * xh + beta - (v - k)), xh, r)
     tl.debug_barrier()
@@ -344,16 +346,16 @@ def tile_learn(W, new, k, v, eta, row, there, gamma, beta, eps,
 
 
 @jit
-def tile_backward_of_learn(W, dW, spare, k, v, eta, row, there, gamma, beta, eps,
-                           F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+def tile_backward_of_learn(W, dW, spare, k, v, eta, rows, gamma, beta, eps,
+                           F: constexpr, E: constexpr, PRECISION: constexpr):
     """dk, dv [b, F], deta [b, 1], and what falls on gamma [1, F]. spare: [E / F, b, F]."""
-    k, v, eta = load_tokens(k, row, there, F), load_tokens(v, row, there, F), load_tokens(eta, row, there, 1)
+    k, v, eta = load_tokens(k, rows, F), load_tokens(v, rows, F), load_tokens(eta, rows, 1)
     xh, r = tile_normalise(tile_model(W, k, F, E, PRECISION), eps)
     error = gamma * xh + beta - (v - k)
     p = gamma * error
     gZ = tile_J(p, xh, r)
     G = eta * gZ
-    inside = spare + tl.arange(0, b)[:, None] * F + tl.arange(0, F)[None, :]
+    inside = spare + tl.arange(0, k.shape[0])[:, None] * F + tl.arange(0, F)[None, :]
     # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
     dG, dk = tl.zeros_like(k), tl.zeros_like(k)
     if E > F:
@@ -371,7 +373,7 @@ def tile_backward_of_learn(W, dW, spare, k, v, eta, row, there, gamma, beta, eps
             gX2 = tile_dot(G, W2.T, PRECISION)
             G1, dgX2 = gX2 * slope, dG1 * slope
             # On Z1, but for what comes through dZ and is not known yet.
-            tl.store(inside + e * b * F, dG1 * gX2 * bend - tile_dot(G, old.T, PRECISION) * slope)
+            tl.store(inside + e * k.shape[0] * F, dG1 * gX2 * bend - tile_dot(G, old.T, PRECISION) * slope)
             dG += tile_dot(dgX2, W2, PRECISION)
             tl.store(dW2, old + tile_dot(dgX2.T, G, PRECISION))
         dk -= tile_dot(G1, dW1.T, PRECISION)
@@ -385,16 +387,16 @@ def tile_backward_of_learn(W, dW, spare, k, v, eta, row, there, gamma, beta, eps
     dZ = tile_J(-gamma * dv, xh, r)
     dZ -= r * (w * tile_mean(p * xh) + gZ * tile_mean(U * xh) + xh * tile_mean(U * gZ))
     # Through the first forward pass, Z = f(k; W).
-    dk = tile_backward_of_model(W, dW, k, dZ, dk - dv, inside, F, E, b, PRECISION)
+    dk = tile_backward_of_model(W, dW, k, dZ, dk - dv, inside, F, E, PRECISION)
     return dk, dv, deta, dgamma
 
 
 @jit
 def scan_kernel(q, k, v, out, eta, gamma, beta, kept, H, L, eps, every,
-                F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+                F: constexpr, E: constexpr, b: constexpr, PRECISION: constexpr):
     """ClosedForm.forward of one (batch, head). kept: W before mini-batches 0, every, 2 every ... and the last
     W; the first of them is given."""
-    size: tl.constexpr = 2 * E * F + E + F if E > F else F * F + F
+    size: constexpr = 2 * E * F + E + F if E > F else F * F + F
     program = tl.program_id(0).to(tl.int64)                   # batch x H + head
     gamma = tl.load(gamma + program % H * F + tl.arange(0, F))[None, :]
     beta = tl.load(beta + program % H * F + tl.arange(0, F))[None, :]
@@ -403,19 +405,19 @@ def scan_kernel(q, k, v, out, eta, gamma, beta, kept, H, L, eps, every,
     for t in tl.range(steps, disable_licm=True):
         new = kept + (t // every + 1).to(tl.int64) * size
         old = tl.where(t % every == 0, new - size, new)
-        row, there = program * L + t * b + tl.arange(0, b), t * b + tl.arange(0, b) < L
-        tile_learn(old, new, k, v, eta, row, there, gamma, beta, eps, F, E, PRECISION)
-        q_t = load_tokens(q, row, there, F)
+        rows = rows_of(program, t, L, b)
+        tile_learn(old, new, k, v, eta, rows, gamma, beta, eps, F, E, PRECISION)
+        q_t = load_tokens(q, rows, F)
         xh, _ = tile_normalise(tile_model(new, q_t, F, E, PRECISION), eps)
-        store_tokens(out, row, there, q_t + gamma * xh + beta, F)
+        store_tokens(out, rows, q_t + gamma * xh + beta, F)
 
 
 @jit
 def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta, dstate, kept,
                          scratch, H, L, eps, every,
-                         F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+                         F: constexpr, E: constexpr, b: constexpr, PRECISION: constexpr):
     """ClosedForm.backward of one (batch, head). dstate: gradient on the last state, then on the first."""
-    size: tl.constexpr = 2 * E * F + E + F if E > F else F * F + F
+    size: constexpr = 2 * E * F + E + F if E > F else F * F + F
     program = tl.program_id(0).to(tl.int64)
     gamma = tl.load(gamma + program % H * F + tl.arange(0, F))[None, :]
     beta = tl.load(beta + program % H * F + tl.arange(0, F))[None, :]
@@ -423,36 +425,37 @@ def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgam
     groups = tl.cdiv(steps, every)
     kept += program * (groups + 1) * size
     dstate += program * size
-    scratch += program * (every * size + E * b)               # states after each step of a group
+    scratch += program * (every * size + E * b)               # the states after each step of a group, and more
+    spare = scratch + every * size
     sum_gamma, sum_beta = tl.zeros_like(gamma), tl.zeros_like(gamma)
     for i in tl.range(groups, disable_licm=True):
         group = groups - 1 - i
         first = kept + group.to(tl.int64) * size
         start, stop = group * every, tl.minimum((group + 1) * every, steps)
         for t in tl.range(start, stop, disable_licm=True):    # replay
-            row, there = program * L + t * b + tl.arange(0, b), t * b + tl.arange(0, b) < L
+            rows = rows_of(program, t, L, b)
             new = scratch + (t - start) * size
             old = tl.where(t > start, new - size, first)
-            tile_learn(old, new, k, v, eta, row, there, gamma, beta, eps, F, E, PRECISION)
+            tile_learn(old, new, k, v, eta, rows, gamma, beta, eps, F, E, PRECISION)
         for s in tl.range(start, stop, disable_licm=True):    # and walk back
             t = start + stop - 1 - s
-            row, there = program * L + t * b + tl.arange(0, b), t * b + tl.arange(0, b) < L
+            rows = rows_of(program, t, L, b)
             new = scratch + (t - start) * size
             old = tl.where(t > start, new - size, first)
-            dout_t, q_t = load_tokens(dout, row, there, F), load_tokens(q, row, there, F)
+            dout_t, q_t = load_tokens(dout, rows, F), load_tokens(q, rows, F)
             xh, r = tile_normalise(tile_model(new, q_t, F, E, PRECISION), eps)
             dZ = tile_J(dout_t * gamma, xh, r)
-            dq_t = tile_backward_of_model(new, dstate, q_t, dZ, dout_t, None, F, E, b, PRECISION)
-            store_tokens(dq, row, there, dq_t, F)
+            dq_t = tile_backward_of_model(new, dstate, q_t, dZ, dout_t, None, F, E, PRECISION)
+            store_tokens(dq, rows, dq_t, F)
             sum_gamma += tl.sum(dout_t * xh, 0)[None, :]
             sum_beta += tl.sum(dout_t, 0)[None, :]        # beta stands beside every output and every -(v - k)
-            dk_t, dv_t, deta_t, more = tile_backward_of_learn(old, dstate, scratch + every * size, k, v, eta, row,
-                                                              there, gamma, beta, eps, F, E, b, PRECISION)
+            dk_t, dv_t, deta_t, more = tile_backward_of_learn(old, dstate, spare, k, v, eta, rows, gamma, beta,
+                                                              eps, F, E, PRECISION)
             sum_beta -= tl.sum(dv_t, 0)[None, :]
             sum_gamma += more
-            store_tokens(dk, row, there, dk_t, F)
-            store_tokens(dv, row, there, dv_t, F)
-            store_tokens(deta, row, there, deta_t, 1)
+            store_tokens(dk, rows, dk_t, F)
+            store_tokens(dv, rows, dv_t, F)
+            store_tokens(deta, rows, deta_t, 1)
     tl.store(dgamma + program * F + tl.arange(0, F)[None, :], sum_gamma)
     tl.store(dbeta + program * F + tl.arange(0, F)[None, :], sum_beta)
 
@@ -484,7 +487,7 @@ class KernelScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, how, b, eps, every, q, k, v, eta, gamma, beta, *weights):
-        (B, H, L, _), out = q.shape, torch.empty_like(q)
+        (B, H, L, F), E, out = q.shape, weights[1].shape[-1], torch.empty_like(q)
         groups, ctx.options = -(-L // (b * every)), (how, b, eps, every)
         tensors = q, k, v, out, eta, gamma, beta
         if how == "cuda":
@@ -492,12 +495,10 @@ class KernelScan(torch.autograd.Function):
             last = [torch.empty_like(w) for w in weights]
             launch("ttt_forward", (*tensors, *weights, *last, *kept), every, eps)
         else:
-            first = flat(weights)
+            first, options = flat(weights), launch_options(q, weights, how)
             kept = [first.new_empty(B * H, groups + 1, first.shape[-1])]
             kept[0][:, 0] = first
-            with torch.cuda.device_of(q):
-                scan_kernel[(B * H,)](*tensors, *kept, H, L, eps, every, F=q.shape[-1], E=weights[1].shape[-1],
-                                      b=b, PRECISION=how, **launch_options(q, weights, how))
+            scan_kernel[(B * H,)](*tensors, *kept, H, L, eps, every, F, E, b, how, **options)
             last = unflat(kept[0][:, -1], weights)
         ctx.save_for_backward(q, k, v, eta, gamma, beta, *kept)
         return out, *last
@@ -506,22 +507,20 @@ class KernelScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, *dW):
         (how, b, eps, every), (q, k, v, eta, gamma, beta, *kept) = ctx.options, ctx.saved_tensors
-        (B, H, L, F), dW = q.shape, [dw.contiguous() for dw in dW]
+        (B, H, L, F), E, dW = q.shape, dW[1].shape[-1], [dw.contiguous() for dw in dW]
         dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
         dgamma, dbeta = eta.new_empty(2, B, H, F)
         tensors = q, k, v, dout.contiguous(), dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta
         if how == "cuda":
-            first = [torch.empty_like(dw) for dw in dW]
-            size = B * H * every * (tp := cluster_size(B * H)) * load_kernel().ttt_scratch_bytes(tp)
-            scratch = torch.empty(size, dtype=torch.uint8, device=q.device)
+            first, tp = [torch.empty_like(dw) for dw in dW], cluster_size(B * H)
+            scratch = q.new_empty(B * H * every * tp * load_kernel().ttt_scratch_bytes(tp), dtype=torch.uint8)
             launch("ttt_backward", (*tensors, *dW, *first, *kept, scratch), every, eps)
         else:
-            dstate, E = flat(dW), dW[1].shape[-1]
-            scratch = dstate.new_empty(B * H, every * dstate.shape[-1] + b * E)
-            with torch.cuda.device_of(q):
-                scan_backward_kernel[(B * H,)](*tensors, dstate, *kept, scratch, H, L, eps, every, F=F, E=E, b=b,
-                                               PRECISION=how, **launch_options(q, dW, how))
-            first = unflat(dstate, dW)
+            state, options = flat(dW), launch_options(q, dW, how)
+            scratch = state.new_empty(B * H, every * state.shape[-1] + b * E)
+            tensors = *tensors, state, *kept, scratch
+            scan_backward_kernel[(B * H,)](*tensors, H, L, eps, every, F, E, b, how, **options)
+            first = unflat(state, dW)
         return None, None, None, None, dq, dk, dv, deta, dgamma.sum(0), dbeta.sum(0), *first
 
 
@@ -531,7 +530,8 @@ def scan_by_kernel(how, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, ep
     weights = [w.float().expand(len(q), *w.shape[-n:]).contiguous() for w, n in zip(weights, (3, 2, 3, 2))]
     tokens = [x.contiguous() for x in (q, k, v)]
     others = [x.float().contiguous() for x in (eta, ln_gamma, ln_beta)]
-    out, *last = KernelScan.apply(how, mini_batch, eps, every, *tokens, *others, *weights)
+    with torch.cuda.device_of(q):                             # in its backward pass autograd sees to that
+        out, *last = KernelScan.apply(how, mini_batch, eps, every, *tokens, *others, *weights)
     return out, tuple(last)
 
 
@@ -549,7 +549,7 @@ def load_kernel(source=Path(__file__).parents[1] / "ttt_kernel.cu"):
     ThunderKittens' headers are missing or the build fails."""
     nvcc, root = shutil.which("nvcc"), os.environ.get("THUNDERKITTENS_ROOT")
     if not nvcc or not root:
-        raise UserError("the CUDA kernel needs nvcc 12.8 or newer on PATH and ThunderKittens (README, Kernels)")
+        raise UserError("ttt_kernel.cu needs nvcc 12.8 or newer on PATH and ThunderKittens (README, Kernels)")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_minute"
     library = cache / f"ttt_kernel-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
     if not library.exists():
@@ -567,19 +567,17 @@ def cluster_size(heads):
 
 def launch(name, tensors, every, eps):
     """Puts a kernel on the current stream of the tensors' device. Nothing waits for it."""
-    (B, H, L, _), device = tensors[0].shape, tensors[0].device
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-    with torch.cuda.device(device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        error = load_kernel()[name](*pointers, B, H, L, every, ctypes.c_float(eps), cluster_size(B * H), stream)
-    if error:
-        raise RuntimeError(f"ttt_kernel.cu: launching on {device} failed with CUDA error {error}")
+    (B, H, L, _), stream = tensors[0].shape, torch.cuda.current_stream(tensors[0].device).cuda_stream
+    arguments = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    arguments += B, H, L, every, ctypes.c_float(eps), cluster_size(B * H), ctypes.c_void_p(stream)
+    if error := load_kernel()[name](*arguments):
+        raise RuntimeError(f"{name} of ttt_kernel.cu could not be launched: CUDA error {error}")
 
 
 # 5. Which backend takes a scan ----------------------------------------------------------------------------
 
-NEEDS = {"triton": "the package triton (on Linux), an NVIDIA GPU since Ampere, heads of 32 or 64, mini-batches of"
-                   " 16, 32 or 64, bf16 or fp32",
+NEEDS = {"triton": "the package triton (on Linux), an NVIDIA GPU since Ampere, heads of 32 or 64, mini-batches"
+                   " of 16, 32 or 64, bf16 or fp32",
          "cuda": "a Hopper GPU (H100, H200), TTT-MLP, heads and mini-batches of 64, bf16"}
 
 
