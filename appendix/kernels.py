@@ -45,10 +45,6 @@ def J(p, statistics):
     return torch.ops.aten.native_layer_norm_backward(p, Z, Z.shape[-1:], mean, r, None, None, only_p)[0]
 
 
-def over_tokens(x):                                                         # [n, b, F] -> [n, 1, F]
-    return x.sum(-2, keepdim=True)
-
-
 def gelu_derivatives(x, order):
     """gelu_tanh(x) = x s, s = sigmoid(z), z = c x (1 + d x^2), c = sqrt(8 / pi), and its first `order`
     derivatives, s (1 + v (1 - s)) and (r (v (1 - 2s) + 4) - 2c) s (1 - s), where r = z' = c (1 + 3 d x^2),
@@ -77,19 +73,19 @@ def backward_of_model(W, dW, x, dZ, kept, dx, inside=None):
     X2 besides, and what falls on Z1 besides."""
     if len(W) == 4:
         dW[2].baddbmm_(kept[0].mT, dZ)
-        dW[3] += over_tokens(dZ)
+        dW[3] += dZ.sum(-2, keepdim=True)
         if inside is None:
             dZ = torch.bmm(dZ, W[2].mT).mul_(kept[1])
         else:
             dZ = inside[0].baddbmm_(dZ, W[2].mT, beta=-1).mul_(kept[1]).add_(inside[1])
     dW[0].baddbmm_(x.mT, dZ)
-    dW[1] += over_tokens(dZ)
+    dW[1] += dZ.sum(-2, keepdim=True)
     return torch.baddbmm(dx, dZ, W[0].mT)
 
 
 def descend(W, x, G):
     """One layer x W + b after a step, where G falls on its output."""
-    return torch.baddbmm(W[0], x.mT, G, alpha=-1), W[1] - over_tokens(G)
+    return torch.baddbmm(W[0], x.mT, G, alpha=-1), W[1] - G.sum(-2, keepdim=True)
 
 
 def backward_of_descend(dW, x, G):
@@ -176,7 +172,7 @@ class ClosedForm(torch.autograd.Function):
                 dk[m], dv[m], deta[m] = backward_of_learn(old, dW, k[m], eta[m], gamma, dgamma, saved)
                 W = old
         dbeta = dout.sum((0, 2)) - dv.sum((0, 2))         # beta stands beside every output and every -(v - k)
-        return None, None, dq, dk, dv, deta, over_tokens(dgamma), dbeta[:, None], *dW
+        return None, None, dq, dk, dv, deta, dgamma.sum(-2, keepdim=True), dbeta[:, None], *dW
 
 
 def closed_form(f, W, tokens, gamma, beta, eps, checkpoint):
@@ -187,12 +183,10 @@ def closed_form(f, W, tokens, gamma, beta, eps, checkpoint):
 
 # 2. The same in Triton ------------------------------------------------------------------------------------
 #
-# The closed form launches some thirty operations a mini-batch and carries everything they share through the
-# GPU's main memory. Here one program a (batch, head) reads a whole sequence, forward or backward, in a single
-# launch.
+# The closed form launches some thirty operations a mini-batch and carries what they share through the GPU's
+# main memory. Here one program a (batch, head) reads a whole sequence in one launch, forward or backward.
 #
 #   products   operands in the precision of the inputs, sums in fp32; all else is fp32
-#   tokens     row (batch, head, token) of q, k, v, out is F numbers: 33 KB a mini-batch at F 64, b 64, bf16
 #   state      one buffer a program, 132 KB for TTT-MLP at F 64. With W in registers ptxas spilled 3 to 97 KB
 #              a thread, so it passes through them in tiles of F x F and lives in the L1 and L2 caches. DIFF
 #              from the paper's kernel (3.5), which holds W in the shared memory of two SMs
@@ -251,14 +245,8 @@ def tile_J(p, xh, r):
 
 
 @jit
-def rows_of(program, t, L, b: constexpr):
-    """Where the tokens of mini-batch t are, [b, 1]; -1 behind the end."""
-    token = t * b + tl.arange(0, b)[:, None]
-    return tl.where(token < L, program * L + token, -1)
-
-
-@jit
-def load_tokens(pointer, rows, F: constexpr):                                   # [b, F], zeros behind the end
+def load_tokens(pointer, rows, F: constexpr):
+    """[b, F], zeros behind the end, where rows is -1."""
     return tl.load(pointer + rows * F + tl.arange(0, F)[None, :], mask=rows >= 0, other=0).to(tl.float32)
 
 
@@ -346,9 +334,9 @@ def tile_learn(W, new, k, v, eta, rows, gamma, beta, eps, F: constexpr, E: const
 
 
 @jit
-def tile_backward_of_learn(W, dW, spare, k, v, eta, rows, gamma, beta, eps,
+def tile_backward_of_learn(W, dW, spare, k, v, eta, rows, gamma, beta, dgamma, eps,
                            F: constexpr, E: constexpr, PRECISION: constexpr):
-    """dk, dv [b, F], deta [b, 1], and what falls on gamma [1, F]. spare: [E / F, b, F]."""
+    """dk, dv [b, F], deta [b, 1]; adds to dgamma. spare: [E / F, b, F]."""
     k, v, eta = load_tokens(k, rows, F), load_tokens(v, rows, F), load_tokens(eta, rows, 1)
     xh, r = tile_normalise(tile_model(W, k, F, E, PRECISION), eps)
     error = gamma * xh + beta - (v - k)
@@ -383,12 +371,12 @@ def tile_backward_of_learn(W, dW, spare, k, v, eta, rows, gamma, beta, eps,
     U = eta * dG
     w = tile_J(U, xh, r)
     dv = -gamma * w
-    dgamma = tl.sum(w * (error + gamma * xh), 0)[None, :]
+    add(dgamma, tl.sum(w * (error + gamma * xh), 0)[None, :])
     dZ = tile_J(-gamma * dv, xh, r)
     dZ -= r * (w * tile_mean(p * xh) + gZ * tile_mean(U * xh) + xh * tile_mean(U * gZ))
     # Through the first forward pass, Z = f(k; W).
     dk = tile_backward_of_model(W, dW, k, dZ, dk - dv, inside, F, E, PRECISION)
-    return dk, dv, deta, dgamma
+    return dk, dv, deta
 
 
 @jit
@@ -398,14 +386,13 @@ def scan_kernel(q, k, v, out, eta, gamma, beta, kept, H, L, eps, every,
     W; the first of them is given."""
     size: constexpr = 2 * E * F + E + F if E > F else F * F + F
     program = tl.program_id(0).to(tl.int64)                   # batch x H + head
-    gamma = tl.load(gamma + program % H * F + tl.arange(0, F))[None, :]
-    beta = tl.load(beta + program % H * F + tl.arange(0, F))[None, :]
-    steps = tl.cdiv(L, b)
+    own, row, steps = tl.arange(0, b)[:, None], tl.arange(0, F)[None, :], tl.cdiv(L, b)
+    gamma, beta = tl.load(gamma + program % H * F + row), tl.load(beta + program % H * F + row)
     kept += program * (tl.cdiv(steps, every) + 1) * size
     for t in tl.range(steps, disable_licm=True):
         new = kept + (t // every + 1).to(tl.int64) * size
         old = tl.where(t % every == 0, new - size, new)
-        rows = rows_of(program, t, L, b)
+        rows = tl.where(t * b + own < L, program * L + t * b + own, -1)
         tile_learn(old, new, k, v, eta, rows, gamma, beta, eps, F, E, PRECISION)
         q_t = load_tokens(q, rows, F)
         xh, _ = tile_normalise(tile_model(new, q_t, F, E, PRECISION), eps)
@@ -419,27 +406,25 @@ def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgam
     """ClosedForm.backward of one (batch, head). dstate: gradient on the last state, then on the first."""
     size: constexpr = 2 * E * F + E + F if E > F else F * F + F
     program = tl.program_id(0).to(tl.int64)
-    gamma = tl.load(gamma + program % H * F + tl.arange(0, F))[None, :]
-    beta = tl.load(beta + program % H * F + tl.arange(0, F))[None, :]
-    steps = tl.cdiv(L, b)
+    own, row, steps = tl.arange(0, b)[:, None], tl.arange(0, F)[None, :], tl.cdiv(L, b)
+    gamma, beta = tl.load(gamma + program % H * F + row), tl.load(beta + program % H * F + row)
     groups = tl.cdiv(steps, every)
     kept += program * (groups + 1) * size
     dstate += program * size
-    scratch += program * (every * size + E * b)               # the states after each step of a group, and more
-    spare = scratch + every * size
-    sum_gamma, sum_beta = tl.zeros_like(gamma), tl.zeros_like(gamma)
+    scratch += program * (every * size + E * b)               # states after each step of a group, and a spare
+    dgamma, dbeta = dgamma + program * F + row, dbeta + program * F + row
     for i in tl.range(groups, disable_licm=True):
         group = groups - 1 - i
         first = kept + group.to(tl.int64) * size
         start, stop = group * every, tl.minimum((group + 1) * every, steps)
         for t in tl.range(start, stop, disable_licm=True):    # replay
-            rows = rows_of(program, t, L, b)
+            rows = tl.where(t * b + own < L, program * L + t * b + own, -1)
             new = scratch + (t - start) * size
             old = tl.where(t > start, new - size, first)
             tile_learn(old, new, k, v, eta, rows, gamma, beta, eps, F, E, PRECISION)
         for s in tl.range(start, stop, disable_licm=True):    # and walk back
             t = start + stop - 1 - s
-            rows = rows_of(program, t, L, b)
+            rows = tl.where(t * b + own < L, program * L + t * b + own, -1)
             new = scratch + (t - start) * size
             old = tl.where(t > start, new - size, first)
             dout_t, q_t = load_tokens(dout, rows, F), load_tokens(q, rows, F)
@@ -447,17 +432,14 @@ def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgam
             dZ = tile_J(dout_t * gamma, xh, r)
             dq_t = tile_backward_of_model(new, dstate, q_t, dZ, dout_t, None, F, E, PRECISION)
             store_tokens(dq, rows, dq_t, F)
-            sum_gamma += tl.sum(dout_t * xh, 0)[None, :]
-            sum_beta += tl.sum(dout_t, 0)[None, :]        # beta stands beside every output and every -(v - k)
-            dk_t, dv_t, deta_t, more = tile_backward_of_learn(old, dstate, spare, k, v, eta, rows, gamma, beta,
-                                                              eps, F, E, PRECISION)
-            sum_beta -= tl.sum(dv_t, 0)[None, :]
-            sum_gamma += more
+            add(dgamma, tl.sum(dout_t * xh, 0)[None, :])
+            add(dbeta, tl.sum(dout_t, 0)[None, :])        # beta stands beside every output and every -(v - k)
+            dk_t, dv_t, deta_t = tile_backward_of_learn(old, dstate, scratch + every * size, k, v, eta, rows,
+                                                        gamma, beta, dgamma, eps, F, E, PRECISION)
+            add(dbeta, -tl.sum(dv_t, 0)[None, :])
             store_tokens(dk, rows, dk_t, F)
             store_tokens(dv, rows, dv_t, F)
             store_tokens(deta, rows, deta_t, 1)
-    tl.store(dgamma + program * F + tl.arange(0, F)[None, :], sum_gamma)
-    tl.store(dbeta + program * F + tl.arange(0, F)[None, :], sum_beta)
 
 
 def launch_options(q, weights, precision):
@@ -509,7 +491,7 @@ class KernelScan(torch.autograd.Function):
         (how, b, eps, every), (q, k, v, eta, gamma, beta, *kept) = ctx.options, ctx.saved_tensors
         (B, H, L, F), E, dW = q.shape, dW[1].shape[-1], [dw.contiguous() for dw in dW]
         dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
-        dgamma, dbeta = eta.new_empty(2, B, H, F)
+        dgamma, dbeta = eta.new_zeros(2, B, H, F)
         tensors = q, k, v, dout.contiguous(), dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta
         if how == "cuda":
             first, tp = [torch.empty_like(dw) for dw in dW], cluster_size(B * H)
@@ -576,40 +558,33 @@ def launch(name, tensors, every, eps):
 
 # 5. Which backend takes a scan ----------------------------------------------------------------------------
 
-NEEDS = {"triton": "the package triton (on Linux), an NVIDIA GPU since Ampere, heads of 32 or 64, mini-batches"
-                   " of 16, 32 or 64, bf16 or fp32",
-         "cuda": "a Hopper GPU (H100, H200), TTT-MLP, heads and mini-batches of 64, bf16"}
-
-
-def fits(backend, kind, F, b, precision, device):
-    """Whether a kernel has what it NEEDS. Triton's interpreter runs on a CPU: TRITON_INTERPRET=1."""
-    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if backend == "cuda":
-        return chip == (9, 0) and (kind, F, b, precision) == ("mlp", 64, 64, "bf16")
-    there = triton and (EMULATED or chip >= (8, 0))
-    return there and F in (32, 64) and b in (16, 32, 64) and precision in ("bf16", "fp32")
+BACKENDS = """there are autograd, dual, primal, torch; triton, with the package triton, an NVIDIA GPU since
+Ampere, heads of 32 or 64, mini-batches of 16, 32 or 64, bf16 or fp32; cuda, with a Hopper GPU, TTT-MLP, heads
+and mini-batches of 64, bf16""".replace("\n", " ")
 
 
 @torch.compiler.disable
 def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint):
     """ttt_scan with the backends of this file. Raises ValueError where the one asked for cannot take it."""
-    device = q.device
+    device, F, b = q.device, q.shape[-1], mini_batch
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else q.dtype
     precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
-    case = kind, q.shape[-1], mini_batch, precision, device
+    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    fits = {"torch": True, "cuda": chip == (9, 0) and (kind, F, b, precision) == ("mlp", 64, 64, "bf16"),
+            "triton": triton and (chip >= (8, 0) or EMULATED) and F in (32, 64) and b in (16, 32, 64)
+                      and precision in ("bf16", "fp32")}
     if backend == "auto":
-        trusted = q.is_cuda and fits("triton", *case) and agrees(scan_in_torch, *case)
+        trusted = q.is_cuda and fits["triton"] and agrees(scan_in_torch, kind, F, b, precision, device)
         backend = "triton" if trusted else "torch"
-    if backend == "torch":
-        arguments = weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint
-        return scan_in_torch(closed_form, kind, *arguments)
-    if backend not in NEEDS:
-        raise ValueError(f'no backend "{backend}"; there are autograd, dual, primal, torch, triton, cuda')
-    if not fits(backend, *case):
-        raise ValueError(f'backend "{backend}" needs {NEEDS[backend]}, not {", ".join(map(str, case))}')
+    if not fits.get(backend):
+        case = f"{kind}, head width {F}, mini-batch {b}, {precision}, {device.type}"
+        raise ValueError(f'no backend "{backend}" for {case}: {BACKENDS}')
     if backend == "cuda":
         precision, (q, k, v) = "cuda", (x.bfloat16() for x in (q, k, v))
-    return scan_by_kernel(precision, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint)
+    arguments = weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint
+    if backend == "torch":
+        return scan_in_torch(closed_form, kind, *arguments)
+    return scan_by_kernel(precision, *arguments)
 
 
 @functools.cache
