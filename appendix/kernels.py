@@ -1,36 +1,35 @@
 """The scan of ttt_minute.py, section 4, made fast: three more backends for ttt_scan, the same numbers.
 
-    torch      the primal form with its backward pass in closed form; any device, and what a CPU takes
-    triton     one kernel a pass; any NVIDIA GPU since Ampere
-    cuda       ttt_kernel.cu: TTT-MLP with its hidden state on chip; Hopper GPUs (paper, 3.5 and appendix B)
+    torch      the primal form with its backward pass in closed form; takes everything
+    triton     one kernel a pass; NVIDIA GPUs since Ampere, heads of 32 or 64, mini-batches of 16, 32 or 64,
+               bf16 or fp32
+    cuda       ttt_kernel.cu: TTT-MLP with its hidden state on chip (paper, 3.5 and appendix B); Hopper GPUs,
+               heads and mini-batches of 64, bf16
 
 Not yet run on a GPU: the Triton kernels are tested in Triton's interpreter, the CUDA kernel is executed
-instruction by instruction on a CPU (hopper.py). So "auto" takes Triton only after it agreed with torch on the
-very GPU, and never the other.
+instruction by instruction on a CPU (hopper.py). So "auto" takes torch, or Triton once it agreed with torch on
+the very GPU.
 """
 
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from torch.autograd.function import once_differentiable
 
-from dataset import UserError, atomic
+from dataset import UserError, atomic, say
 
 # 1. The backward pass in closed form, in torch ------------------------------------------------------------
 #
 # Autograd through the primal form keeps every intermediate of a step. Here the forward pass keeps W every few
 # mini-batches, and the backward pass takes these groups last to first: it replays a group from its W, then
 # walks it backwards, carrying dW, the gradient on the state. Tensors are [n, b, F], as in section 4. "What
-# falls on x" is the gradient of the outer loss on x. TTT-Linear has W1, b1 only: its G1 is G.
+# falls on x" is the gradient of the outer loss on x. TTT-Linear has W1 and b1 only: its G1 is G.
 
 def normalise(Z, eps):
     """xh, and what J needs: (Z, mean, r). Biased variance, eps inside the root."""
@@ -49,7 +48,7 @@ def gelu_derivatives(x, order):
     """gelu_tanh(x) = x s, s = sigmoid(z), z = c x (1 + d x^2), c = sqrt(8 / pi), and its first `order`
     derivatives, s (1 + v (1 - s)) and (r (v (1 - 2s) + 4) - 2c) s (1 - s), where r = z' = c (1 + 3 d x^2),
     v = x r and z = (v + 2c x) / 3. Overwrites x."""
-    c, d = math.sqrt(8 / math.pi), 0.044715
+    c, d = 1.5957691216057308, 0.044715
     r = (x * x).mul_(3 * c * d).add_(c)
     v = x * r if order == 2 else r.mul_(x)
     s = torch.add(v, x, alpha=2 * c).mul_(1 / 3).sigmoid_()
@@ -83,16 +82,6 @@ def backward_of_model(W, dW, x, dZ, kept, dx, inside=None):
     return torch.baddbmm(dx, dZ, W[0].mT)
 
 
-def descend(W, x, G):
-    """One layer x W + b after a step, where G falls on its output."""
-    return torch.baddbmm(W[0], x.mT, G, alpha=-1), W[1] - G.sum(-2, keepdim=True)
-
-
-def backward_of_descend(dW, x, G):
-    """What falls on G, and the negative of what falls on x."""
-    return torch.baddbmm(dW[1], x, dW[0], alpha=-1, beta=-1), torch.bmm(G, dW[0].mT)
-
-
 def learn(W, k, shift, eta, gamma, eps, order=1):
     """W - dl/dW, and what backward_of_learn needs. shift = beta - (v - k); `order` derivatives of GELU."""
     Z, kept = model(W, k, order)
@@ -100,29 +89,31 @@ def learn(W, k, shift, eta, gamma, eps, order=1):
     error = torch.addcmul(shift, gamma, xh)                                 # LN(Z) - (v - k)
     p = gamma * error                                         # the gradient on xh before eta,
     gZ = J(p, statistics)                                     # and on Z
-    G = eta * gZ
-    if len(W) == 2:
-        return descend(W, k, G), (xh, statistics, error, p, gZ, G, kept, ())
-    gX2 = torch.bmm(G, W[2].mT)
-    G1 = gX2 * kept[1]
-    W = *descend(W[:2], k, G1), *descend(W[2:], kept[0], G)
-    return W, (xh, statistics, error, p, gZ, G, kept, (gX2, G1))
+    G = G1 = eta * gZ
+    inside, second = (), ()
+    if len(W) == 4:
+        gX2 = torch.bmm(G, W[2].mT)
+        G1 = gX2 * kept[1]
+        inside = gX2, G1
+        second = torch.baddbmm(W[2], kept[0].mT, G, alpha=-1), W[3] - G.sum(-2, keepdim=True)
+    W = torch.baddbmm(W[0], k.mT, G1, alpha=-1), W[1] - G1.sum(-2, keepdim=True), *second
+    return W, (xh, statistics, error, p, gZ, G, kept, inside)
 
 
 def backward_of_learn(W, dW, k, eta, gamma, dgamma, saved):
     """Gradients on k, v and eta. dW: the gradient on the new W, on return on the old; adds to dgamma."""
     xh, statistics, error, p, gZ, G, kept, inside = saved
     # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
-    if len(W) == 2:
-        dG, dk = backward_of_descend(dW, k, G)
-    else:
+    dG = dG1 = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
+    G1 = G
+    if len(W) == 4:
         (X2, slope, bend), (gX2, G1) = kept, inside
-        dG1, dk = backward_of_descend(dW[:2], k, G1)
-        dG, dX2 = backward_of_descend(dW[2:], X2, G)
-        inside = dX2, bend.mul_(gX2).mul_(dG1)                # through G1 = gX2 * slope, gX2 = G W2^T
+        dG = torch.baddbmm(dW[3], X2, dW[2], alpha=-1, beta=-1)
+        inside = torch.bmm(G, dW[2].mT), bend.mul_(gX2).mul_(dG1)           # through G1 = gX2 * slope
         dgX2 = dG1.mul_(slope)
         dG.baddbmm_(dgX2, W[2])
         dW[2].baddbmm_(dgX2.mT, G)
+    dk = torch.bmm(G1, dW[0].mT)                                            # minus this falls on k
     # Through G = eta J[p], p = gamma error. J's xh and r depend on Z as well: the second line of dZ.
     deta = (dG * gZ).sum(-1, keepdim=True)
     U = eta * dG
@@ -187,9 +178,9 @@ def closed_form(f, W, tokens, gamma, beta, eps, checkpoint):
 # main memory. Here one program a (batch, head) reads a whole sequence in one launch, forward or backward.
 #
 #   products   operands in the precision of the inputs, sums in fp32; all else is fp32
-#   state      one buffer a program, 132 KB for TTT-MLP at F 64. With W in registers ptxas spilled 3 to 97 KB
-#              a thread, so it passes through them in tiles of F x F and lives in the L1 and L2 caches. DIFF
-#              from the paper's kernel (3.5), which holds W in the shared memory of two SMs
+#   state      132 KB a program for TTT-MLP at F 64. With W in registers ptxas spilled 3 to 97 KB a thread, so
+#              it passes through them in tiles of F x F and lives in the L1 and L2 caches. DIFF from the
+#              paper's kernel (3.5), which holds W in the shared memory of two SMs
 #   backward   a program replays a group from its kept state into a scratch of `every` states and one [b, E]
 #              row, 2.2 MB for TTT-MLP at F 64, b 64, 16 mini-batches a group, then walks it backwards
 #   order      every sum runs inside one program in the order of the code: no atomics, the same bits each time
@@ -202,8 +193,7 @@ try:
 except ImportError:                                           # there is no Triton for macOS and Windows
     triton, jit, constexpr = None, lambda function: function, lambda value: value
 
-# Triton's interpreter runs kernels on a CPU. It cannot multiply bf16 numbers, so there operands are rounded
-# and go back to fp32.
+# Triton's interpreter runs kernels on a CPU. It multiplies no bf16: operands are rounded and go back to fp32.
 EMULATED = constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -246,7 +236,7 @@ def tile_J(p, xh, r):
 
 @jit
 def load_tokens(pointer, rows, F: constexpr):
-    """[b, F], zeros behind the end, where rows is -1."""
+    """[b, F]; zeros behind the end, where rows are -1."""
     return tl.load(pointer + rows * F + tl.arange(0, F)[None, :], mask=rows >= 0, other=0).to(tl.float32)
 
 
@@ -443,10 +433,9 @@ def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgam
 
 
 def launch_options(q, weights, precision):
-    """Four warps own 16 of 64 tokens each. Eight where a tile's operands are of four bytes and would spill,
-    and for TTT-MLP on Hopper, whose wgmma knows what to do with them. One stage, or Triton might fetch a tile
-    of the state before the step that changes it has stored it. ptxas sometimes settles for 128 registers and
-    spills the rest, unless it may have all."""
+    """Four warps own 16 of 64 tokens each; eight where operands of four bytes would spill, and for TTT-MLP on
+    Hopper's wgmma. One stage, or Triton might fetch a tile of the state before the step that changes it has
+    stored it. 255 registers: ptxas sometimes settles for 128 and spills the rest."""
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
     many = q.shape[-1] == 64 and (precision == "fp32" or hopper and len(weights) == 4)
     return dict(num_warps=8 if many else 4, num_stages=1, maxnreg=255)
@@ -521,14 +510,12 @@ def scan_by_kernel(how, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, ep
 
 NVCC_FLAGS = """-std=c++20 -O3 -DNDEBUG -DKITTENS_HOPPER --use_fast_math --expt-relaxed-constexpr
     --expt-extended-lambda -gencode arch=compute_90a,code=sm_90a -diag-suppress 3189 -shared -cudart static
-    -Xptxas=--warn-on-spills -Xlinker -z,defs
     -Xcompiler=-fPIC,-fno-strict-aliasing,-Wno-psabi,-fvisibility=hidden""".split()
 
 
 @functools.cache
 def load_kernel(source=Path(__file__).parents[1] / "ttt_kernel.cu"):
-    """The functions of the .cu, compiled unless this source was before. Raises UserError where nvcc or
-    ThunderKittens' headers are missing or the build fails."""
+    """The functions of the .cu, compiled unless this source was before; UserError where that fails."""
     nvcc, root = shutil.which("nvcc"), os.environ.get("THUNDERKITTENS_ROOT")
     if not nvcc or not root:
         raise UserError("ttt_kernel.cu needs nvcc 12.8 or newer on PATH and ThunderKittens (README, Kernels)")
@@ -558,11 +545,6 @@ def launch(name, tensors, every, eps):
 
 # 5. Which backend takes a scan ----------------------------------------------------------------------------
 
-BACKENDS = """there are autograd, dual, primal, torch; triton, with the package triton, an NVIDIA GPU since
-Ampere, heads of 32 or 64, mini-batches of 16, 32 or 64, bf16 or fp32; cuda, with a Hopper GPU, TTT-MLP, heads
-and mini-batches of 64, bf16""".replace("\n", " ")
-
-
 @torch.compiler.disable
 def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint):
     """ttt_scan with the backends of this file. Raises ValueError where the one asked for cannot take it."""
@@ -578,7 +560,8 @@ def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta,
         backend = "triton" if trusted else "torch"
     if not fits.get(backend):
         case = f"{kind}, head width {F}, mini-batch {b}, {precision}, {device.type}"
-        raise ValueError(f'no backend "{backend}" for {case}: {BACKENDS}')
+        table = __doc__.split("\n\n")[1]
+        raise ValueError(f'no backend "{backend}" for {case}; besides autograd, dual, primal:\n{table}')
     if backend == "cuda":
         precision, (q, k, v) = "cuda", (x.bfloat16() for x in (q, k, v))
     arguments = weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint
@@ -595,20 +578,17 @@ def agrees(scan_in_torch, kind, F, b, precision, device):
     W = [(2, F, E), (2, E), (2, E, F), (2, F)][:2 if kind == "linear" else 4]
     shapes = *W, *[(1, 2, L, F)] * 3, (1, 2, L), (2, F), (2, F)
     inputs = [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
-    inputs = [x.to(device).requires_grad_() for x in inputs]
-
-    def results(scan, *first):
-        out, last = scan(*first, inputs[:len(W)], *inputs[len(W):], b, 1e-8, 2)
-        return [out, *last, *torch.autograd.grad(sum((y * y).sum() for y in (out, *last)), inputs)]
-
+    inputs, results = [x.to(device).requires_grad_() for x in inputs], []
     try:
-        with torch.autocast(device.type, enabled=False):
-            pairs = zip(results(scan_by_kernel, precision), results(scan_in_torch, closed_form, kind))
-        worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs)
+        for scan, *first in (scan_by_kernel, precision), (scan_in_torch, closed_form, kind):
+            out, last = scan(*first, inputs[:len(W)], *inputs[len(W):], b, 1e-8, 2)
+            loss = sum((y * y).sum() for y in (out, *last))
+            results.append([out, *last, *torch.autograd.grad(loss, inputs)])
+        worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(*results))
         if worst <= {"fp32": 1e-3, "bf16": 1e-1}[precision]:
             return True
         complaint = f"is off by {worst:.2g}"
     except Exception as error:                                # whatever a compiler or a driver may say
         complaint = f"does not run ({type(error).__name__}: {error})"
-    print(f'ttt_scan: backend "triton" {complaint} here; taking "torch"', file=sys.stderr)
+    say(f'ttt_scan: backend "triton" {complaint} here; taking "torch"')
     return False
