@@ -324,52 +324,6 @@ def tile_learn(W, new, k, v, eta, rows, gamma, beta, eps, F: constexpr, E: const
 
 
 @jit
-def tile_backward_of_learn(W, dW, spare, k, v, eta, rows, gamma, beta, dgamma, eps,
-                           F: constexpr, E: constexpr, PRECISION: constexpr):
-    """dk, dv [b, F], deta [b, 1]; adds to dgamma. spare: [E / F, b, F]."""
-    k, v, eta = load_tokens(k, rows, F), load_tokens(v, rows, F), load_tokens(eta, rows, 1)
-    xh, r = tile_normalise(tile_model(W, k, F, E, PRECISION), eps)
-    error = gamma * xh + beta - (v - k)
-    p = gamma * error
-    gZ = tile_J(p, xh, r)
-    G = eta * gZ
-    inside = spare + tl.arange(0, k.shape[0])[:, None] * F + tl.arange(0, F)[None, :]
-    # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
-    dG, dk = tl.zeros_like(k), tl.zeros_like(k)
-    if E > F:
-        dG -= tl.load(tile_of(dW, 0, F, E)[3])
-    for e in tl.range(E // F, disable_licm=True):
-        dW1, db1, dW2, _ = tile_of(dW, e, F, E)
-        G1, dW1 = G, tl.load(dW1)
-        dG1 = -tile_dot(k, dW1, PRECISION) - tl.load(db1)
-        if E == F:
-            dG = dG1
-        else:
-            X2, slope, bend = tile_gelu(affine(W, e, k, F, E, PRECISION))
-            old, W2 = tl.load(dW2), tl.load(tile_of(W, e, F, E)[2])
-            dG -= tile_dot(X2, old, PRECISION)
-            gX2 = tile_dot(G, W2.T, PRECISION)
-            G1, dgX2 = gX2 * slope, dG1 * slope
-            # On Z1, but for what comes through dZ and is not known yet.
-            tl.store(inside + e * k.shape[0] * F, dG1 * gX2 * bend - tile_dot(G, old.T, PRECISION) * slope)
-            dG += tile_dot(dgX2, W2, PRECISION)
-            tl.store(dW2, old + tile_dot(dgX2.T, G, PRECISION))
-        dk -= tile_dot(G1, dW1.T, PRECISION)
-    tl.debug_barrier()
-    # Through G = eta J[p], p = gamma error.
-    deta = tl.sum(dG * gZ, 1)[:, None]
-    U = eta * dG
-    w = tile_J(U, xh, r)
-    dv = -gamma * w
-    add(dgamma, tl.sum(w * (error + gamma * xh), 0)[None, :])
-    dZ = tile_J(-gamma * dv, xh, r)
-    dZ -= r * (w * tile_mean(p * xh) + gZ * tile_mean(U * xh) + xh * tile_mean(U * gZ))
-    # Through the first forward pass, Z = f(k; W).
-    dk = tile_backward_of_model(W, dW, k, dZ, dk - dv, inside, F, E, PRECISION)
-    return dk, dv, deta
-
-
-@jit
 def scan_kernel(q, k, v, out, eta, gamma, beta, kept, H, L, eps, every,
                 F: constexpr, E: constexpr, b: constexpr, PRECISION: constexpr):
     """ClosedForm.forward of one (batch, head). kept: W before mini-batches 0, every, 2 every ... and the last
@@ -401,7 +355,8 @@ def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgam
     groups = tl.cdiv(steps, every)
     kept += program * (groups + 1) * size
     dstate += program * size
-    scratch += program * (every * size + E * b)               # states after each step of a group, and a spare
+    scratch += program * (every * size + E * b)               # states after each step of a group, and a row:
+    inside = scratch + every * size + own * F + row           # what falls on Z1 but for what comes through dZ
     dgamma, dbeta = dgamma + program * F + row, dbeta + program * F + row
     for i in tl.range(groups, disable_licm=True):
         group = groups - 1 - i
@@ -417,19 +372,54 @@ def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgam
             rows = tl.where(t * b + own < L, program * L + t * b + own, -1)
             new = scratch + (t - start) * size
             old = tl.where(t > start, new - size, first)
+            # Through z = q + LN(f(q; W)), W the new one.
             dout_t, q_t = load_tokens(dout, rows, F), load_tokens(q, rows, F)
             xh, r = tile_normalise(tile_model(new, q_t, F, E, PRECISION), eps)
             dZ = tile_J(dout_t * gamma, xh, r)
             dq_t = tile_backward_of_model(new, dstate, q_t, dZ, dout_t, None, F, E, PRECISION)
-            store_tokens(dq, rows, dq_t, F)
             add(dgamma, tl.sum(dout_t * xh, 0)[None, :])
             add(dbeta, tl.sum(dout_t, 0)[None, :])        # beta stands beside every output and every -(v - k)
-            dk_t, dv_t, deta_t = tile_backward_of_learn(old, dstate, scratch + every * size, k, v, eta, rows,
-                                                        gamma, beta, dgamma, eps, F, E, PRECISION)
+            store_tokens(dq, rows, dq_t, F)
+            # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
+            k_t, v_t, eta_t = load_tokens(k, rows, F), load_tokens(v, rows, F), load_tokens(eta, rows, 1)
+            xh, r = tile_normalise(tile_model(old, k_t, F, E, PRECISION), eps)
+            error = gamma * xh + beta - (v_t - k_t)
+            p = gamma * error
+            gZ = tile_J(p, xh, r)
+            G = eta_t * gZ
+            dG, dk_t = tl.zeros_like(k_t), tl.zeros_like(k_t)
+            if E > F:
+                dG -= tl.load(tile_of(dstate, 0, F, E)[3])
+            for e in tl.range(E // F, disable_licm=True):
+                dW1, db1, dW2, _ = tile_of(dstate, e, F, E)
+                G1, dW1 = G, tl.load(dW1)
+                dG1 = -tile_dot(k_t, dW1, PRECISION) - tl.load(db1)
+                if E == F:
+                    dG = dG1
+                else:
+                    X2, slope, bend = tile_gelu(affine(old, e, k_t, F, E, PRECISION))
+                    last, W2 = tl.load(dW2), tl.load(tile_of(old, e, F, E)[2])
+                    dG -= tile_dot(X2, last, PRECISION)
+                    gX2 = tile_dot(G, W2.T, PRECISION)
+                    G1, dgX2 = gX2 * slope, dG1 * slope
+                    tl.store(inside + e * b * F, dG1 * gX2 * bend - tile_dot(G, last.T, PRECISION) * slope)
+                    dG += tile_dot(dgX2, W2, PRECISION)
+                    tl.store(dW2, last + tile_dot(dgX2.T, G, PRECISION))
+                dk_t -= tile_dot(G1, dW1.T, PRECISION)
+            tl.debug_barrier()
+            # Through G = eta J[p], p = gamma error.
+            U = eta_t * dG
+            w = tile_J(U, xh, r)
+            dv_t = -gamma * w
+            add(dgamma, tl.sum(w * (error + gamma * xh), 0)[None, :])
             add(dbeta, -tl.sum(dv_t, 0)[None, :])
+            dZ = tile_J(-gamma * dv_t, xh, r)
+            dZ -= r * (w * tile_mean(p * xh) + gZ * tile_mean(U * xh) + xh * tile_mean(U * gZ))
+            # Through the first forward pass, Z = f(k; W).
+            dk_t = tile_backward_of_model(old, dstate, k_t, dZ, dk_t - dv_t, inside, F, E, PRECISION)
             store_tokens(dk, rows, dk_t, F)
             store_tokens(dv, rows, dv_t, F)
-            store_tokens(deta, rows, deta_t, 1)
+            store_tokens(deta, rows, tl.sum(dG * gZ, 1)[:, None], 1)
 
 
 def launch_options(q, weights, precision):
@@ -496,10 +486,9 @@ class KernelScan(torch.autograd.Function):
 
 
 def scan_by_kernel(how, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint):
-    steps = -(-q.shape[2] // mini_batch)
-    every = min(checkpoint, steps) if torch.is_grad_enabled() else steps
+    every = checkpoint if torch.is_grad_enabled() else q.shape[2]
     weights = [w.float().expand(len(q), *w.shape[-n:]).contiguous() for w, n in zip(weights, (3, 2, 3, 2))]
-    tokens = [x.contiguous() for x in (q, k, v)]
+    tokens = [x.to(torch.bfloat16 if how == "cuda" else x.dtype).contiguous() for x in (q, k, v)]
     others = [x.float().contiguous() for x in (eta, ln_gamma, ln_beta)]
     with torch.cuda.device_of(q):                             # in its backward pass autograd sees to that
         out, *last = KernelScan.apply(how, mini_batch, eps, every, *tokens, *others, *weights)
@@ -539,8 +528,7 @@ def launch(name, tensors, every, eps):
     (B, H, L, _), stream = tensors[0].shape, torch.cuda.current_stream(tensors[0].device).cuda_stream
     arguments = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
     arguments += B, H, L, every, ctypes.c_float(eps), cluster_size(B * H), ctypes.c_void_p(stream)
-    if error := load_kernel()[name](*arguments):
-        raise RuntimeError(f"{name} of ttt_kernel.cu could not be launched: CUDA error {error}")
+    assert not (error := load_kernel()[name](*arguments)), f"{name} of ttt_kernel.cu: CUDA error {error}"
 
 
 # 5. Which backend takes a scan ----------------------------------------------------------------------------
@@ -562,12 +550,10 @@ def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta,
         case = f"{kind}, head width {F}, mini-batch {b}, {precision}, {device.type}"
         table = __doc__.split("\n\n")[1]
         raise ValueError(f'no backend "{backend}" for {case}; besides autograd, dual, primal:\n{table}')
-    if backend == "cuda":
-        precision, (q, k, v) = "cuda", (x.bfloat16() for x in (q, k, v))
     arguments = weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint
     if backend == "torch":
         return scan_in_torch(closed_form, kind, *arguments)
-    return scan_by_kernel(precision, *arguments)
+    return scan_by_kernel("cuda" if backend == "cuda" else precision, *arguments)
 
 
 @functools.cache
@@ -577,8 +563,8 @@ def agrees(scan_in_torch, kind, F, b, precision, device):
     E, L, generator = F if kind == "linear" else 4 * F, 2 * b + 5, torch.Generator().manual_seed(0)
     W = [(2, F, E), (2, E), (2, E, F), (2, F)][:2 if kind == "linear" else 4]
     shapes = *W, *[(1, 2, L, F)] * 3, (1, 2, L), (2, F), (2, F)
-    inputs = [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
-    inputs, results = [x.to(device).requires_grad_() for x in inputs], []
+    inputs = [(torch.randn(s, generator=generator) / 10).to(device).requires_grad_() for s in shapes]
+    results = []
     try:
         for scan, *first in (scan_by_kernel, precision), (scan_in_torch, closed_form, kind):
             out, last = scan(*first, inputs[:len(W)], *inputs[len(W):], b, 1e-8, 2)
