@@ -35,14 +35,10 @@ def load(folder, make):
     Raises UserError if the folder does not hold this network.
     """
     from diffusers import CogVideoXTransformer3DModel
-    folder = Path(folder)
+    where = Path(folder, "transformer") if Path(folder, "transformer").is_dir() else folder
     with reading(f"{folder}: CogVideoX's transformer"):
-        where = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        if not where.is_dir():
-            raise UserError(f"{folder}: no such folder")
-        settings = dict(use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
-        settings["output_loading_info"] = True
-        theirs, found = CogVideoXTransformer3DModel.from_pretrained(where, **settings)
+        theirs, found = CogVideoXTransformer3DModel.from_pretrained(
+            where, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True)
         wrong = [*found["missing_keys"], *found["unexpected_keys"]]
         assert not wrong, f"tensor {wrong[0]} is missing or one too many"
         config = theirs.config
@@ -64,7 +60,7 @@ def save(model, folder, dtype):
     fields |= dict(use_rotary_positional_embeddings=True, out_channels=config.channels)
     theirs = CogVideoXTransformer3DModel(**fields).to(dtype)
     weights = {name: weights[ours] for ours, name in their_names(model).items()}
-    kernel = rearrange(model.patch_in.weight, "D (C p q) -> D C p q", p=config.patch, q=config.patch)
-    weights["patch_embed.proj.weight"] = kernel
+    p = config.patch
+    weights["patch_embed.proj.weight"] = rearrange(model.patch_in.weight, "D (C p q) -> D C p q", p=p, q=p)
     theirs.load_state_dict(weights)
     theirs.save_pretrained(folder, max_shard_size="5GB")

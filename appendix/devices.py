@@ -64,8 +64,8 @@ def place(device, weights, context, make):
     On GPUs weights are gathered in bf16; gradients are summed in fp32, over other videos and other tokens of
     the same alike.
     """
-    box = [make() if dist.get_rank() == 0 else None]          # the others get its class, config, shards
-    kind = [(type(box[0]), box[0].config) if box[0] is not None else None]
+    first = make() if dist.get_rank() == 0 else None          # the others get its class, config, shards
+    kind = [first and (type(first), first.config)]
     dist.broadcast_object_list(kind, device=torch.device("cpu"))
     network, config = kind[0]
     with torch.device("meta"):
@@ -77,9 +77,8 @@ def place(device, weights, context, make):
         module.set_gradient_divide_factor(1.0)                                        # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
-    whole = box[0].state_dict() if box[0] is not None else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, whole, options=options)
+    set_model_state_dict(model, first.state_dict() if first else {}, options=options)
     if context is not None:
         share_videos(model, context)
     return model

@@ -20,6 +20,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from einops import pack, unpack
 from torch.autograd.function import once_differentiable
 
 from dataset import UserError, atomic, say
@@ -433,15 +434,6 @@ def launch_options(q, weights, precision):
 
 # 3. Both kernels to autograd ------------------------------------------------------------------------------
 
-def flat(weights):                                            # [B, H, ...] each -> one state [B H, size]
-    return torch.cat([w.flatten(2) for w in weights], dim=-1).flatten(0, 1)
-
-
-def unflat(state, weights):
-    parts = state.split([w[0, 0].numel() for w in weights], dim=-1)
-    return [part.reshape(w.shape).clone() for part, w in zip(parts, weights)]
-
-
 class KernelScan(torch.autograd.Function):
     """One launch a pass. q, k, v [B, H, L, F]; eta [B, H, L], gamma, beta [H, F], weights [B, H, ...] in fp32
     -> out, *last weights. how: "cuda", or what Triton rounds operands of products to, "bf16", "fp32"."""
@@ -456,11 +448,11 @@ class KernelScan(torch.autograd.Function):
             last = [torch.empty_like(w) for w in weights]
             launch("ttt_forward", (*tensors, *weights, *last, *kept), every, eps)
         else:
-            first, options = flat(weights), launch_options(q, weights, how)
-            kept = [first.new_empty(B * H, groups + 1, first.shape[-1])]
-            kept[0][:, 0] = first
+            (first, shapes), options = pack(weights, "B H *"), launch_options(q, weights, how)
+            kept = [first.new_empty(B, H, groups + 1, first.shape[-1])]
+            kept[0][:, :, 0] = first
             scan_kernel[(B * H,)](*tensors, *kept, H, L, eps, every, F, E, b, how, **options)
-            last = unflat(kept[0][:, -1], weights)
+            last = [w.clone() for w in unpack(kept[0][:, :, -1], shapes, "B H *")]
         ctx.save_for_backward(q, k, v, eta, gamma, beta, *kept)
         return out, *last
 
@@ -477,11 +469,11 @@ class KernelScan(torch.autograd.Function):
             scratch = q.new_empty(B * H * every * tp * load_kernel().ttt_scratch_bytes(tp), dtype=torch.uint8)
             launch("ttt_backward", (*tensors, *dW, *first, *kept, scratch), every, eps)
         else:
-            state, options = flat(dW), launch_options(q, dW, how)
+            (state, shapes), options = pack(dW, "B H *"), launch_options(q, dW, how)
             scratch = state.new_empty(B * H, every * state.shape[-1] + b * E)
             tensors = *tensors, state, *kept, scratch
             scan_backward_kernel[(B * H,)](*tensors, H, L, eps, every, F, E, b, how, **options)
-            first = unflat(state, dW)
+            first = unpack(state, shapes, "B H *")
         return None, None, None, None, dq, dk, dv, deta, dgamma.sum(0), dbeta.sum(0), *first
 
 

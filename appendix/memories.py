@@ -18,8 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 from einops import rearrange
 
+from ttt_minute import LocalAttention
 
-class SlidingWindow(nn.Module):
+
+class SlidingWindow(LocalAttention):
     """Attention to the last `config.window` tokens in scan order, itself included, with CogVideoX's norms of
     q and k.
 
@@ -27,17 +29,8 @@ class SlidingWindow(nn.Module):
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.window, self.heads = config.window, config.heads
-        self.qkv = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in "qkv")
-        self.norm_q = nn.LayerNorm(config.head_width, eps=1e-6)
-        self.norm_k = nn.LayerNorm(config.head_width, eps=1e-6)
-        self.out = nn.Linear(config.dim, config.dim)
-
-    def forward(self, x, layout):
-        q, k, v = (rearrange(linear(x), "B L (H F) -> B H L F", H=self.heads) for linear in self.qkv)
-        y = self.mix(layout, (self.norm_q(q), self.norm_k(k), v))
-        return self.out(rearrange(y, "B H L F -> B L (H F)"))
+        super().__init__(config)
+        self.window = config.window
 
     def mix(self, layout, tokens, parameters=()):
         q, k, v = tokens
@@ -118,11 +111,11 @@ def ssd(x, dt, A, Bm, Cm, chunk=64):
     return rearrange(torch.stack(out), "m B G h C P -> B (G h) (m C) P")[:, :, :L], S.flatten(1, 2)
 
 
-def short_convolution(x, weight, bias=None):
-    """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], weight [H, F, 4], bias [H,
-    F] -> [B, H, L, F]."""
-    H, L = x.shape[1:3]
-    weight, bias = weight.flatten(0, 1)[:, None], None if bias is None else bias.flatten()
+def short_convolution(x, filters):
+    """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], filters [H, F, 4], or 5 with
+    a bias behind -> [B, H, L, F]."""
+    (H, L), filters = x.shape[1:3], filters.flatten(0, 1)
+    weight, bias = filters[:, None, :4], filters[:, 4] if filters.shape[1] == 5 else None
     y = nnf.conv1d(rearrange(x, "B H L F -> B (H F) L"), weight, bias, padding=3, groups=len(weight))
     return rearrange(nnf.silu(y[..., :L]), "B (H F) L -> B H L F", H=H)
 
@@ -159,18 +152,17 @@ class Mamba2(nn.Module):
     def forward(self, x, layout):
         z, u, BC, dt = self.in_proj(x).split(self.widths, dim=-1)
         u = rearrange(u, "B L (H P) -> B H L P", H=self.heads)
-        tokens = u, BC[:, None], rearrange(dt, "B L H -> B H L")
-        weight_u, weight_BC = self.conv.weight[:, 0].split(self.widths[1:3])
-        bias_u, bias_BC = self.conv.bias.split(self.widths[1:3])
-        own = [y.unflatten(0, (self.heads, -1)) for y in (weight_u, bias_u)]
-        shared = weight_BC[None], bias_BC[None]                             # B and C serve all heads
-        y = self.mix(layout, tokens, (*own, *shared, self.A_log, self.dt_bias, self.D))
+        tokens = u, BC[:, None], rearrange(dt, "B L H -> B H L")            # B and C serve all heads
+        filters = torch.cat([self.conv.weight[:, 0], self.conv.bias[:, None]], dim=1)
+        own, shared = filters.split(self.widths[1:3])
+        filters = own.unflatten(0, (self.heads, -1)), shared[None]
+        y = self.mix(layout, tokens, (*filters, self.A_log, self.dt_bias, self.D))
         y = rearrange(y, "B H L P -> B L (H P)")
         return self.out(rms_norm(y * nnf.silu(z.float()), self.norm).to(x.dtype))
 
     def mix(self, layout, tokens, parameters):
-        (u, BC, dt), (weight_u, bias_u, weight_BC, bias_BC, A_log, dt_bias, D) = tokens, parameters
-        u, BC = short_convolution(u, weight_u, bias_u), short_convolution(BC, weight_BC, bias_BC)
+        (u, BC, dt), (own, shared, A_log, dt_bias, D) = tokens, parameters
+        u, BC = short_convolution(u, own), short_convolution(BC, shared)
         dt = nnf.softplus(dt.float() + dt_bias[:, None])
         with torch.autocast(u.device.type, enabled=False):
             y, _ = ssd(u, dt, -A_log.float().exp(), *BC.chunk(2, dim=-1))
@@ -199,9 +191,9 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x, layout):
         y = rearrange(self.by_head(self.qkv(x)), "B L H F -> B H L F")
-        weight = rearrange(self.by_head(self.conv.weight[:, 0].T), "t H F -> H F t")
+        filters = rearrange(self.by_head(self.conv.weight[:, 0].T), "t H F -> H F t")
         decay, write = rearrange(self.rates(x).float(), "B L (two H) -> two B H L", two=2)
-        y = self.mix(layout, (y, decay, write), (weight, self.A_log, self.dt_bias))
+        y = self.mix(layout, (y, decay, write), (filters, self.A_log, self.dt_bias))
         y = rearrange(rms_norm(y, self.norm), "B H L V -> B L (H V)") * nnf.silu(self.gate(x).float())
         return self.out(y.to(x.dtype))
 
@@ -210,8 +202,8 @@ class GatedDeltaNet(nn.Module):
         return torch.cat([rearrange(part, "... (H F) -> ... H F", H=self.heads) for part in parts], dim=-1)
 
     def mix(self, layout, tokens, parameters):
-        (y, decay, write), (weight, A_log, dt_bias) = tokens, parameters
-        q, k, v = short_convolution(y, weight).split([width // self.heads for width in self.widths], dim=-1)
+        (y, decay, write), (filters, A_log, dt_bias) = tokens, parameters
+        q, k, v = short_convolution(y, filters).split([width // self.heads for width in self.widths], dim=-1)
         q, k = (y * torch.rsqrt(y.float().square().sum(-1, keepdim=True) + 1e-6) for y in (q, k))
         g = -A_log.float().exp()[:, None] * nnf.softplus(decay + dt_bias[:, None])
         with torch.autocast(y.device.type, enabled=False):
