@@ -7,9 +7,8 @@ parallelism).
 The network of ttt_minute.py knows nothing of this. What looks at one token needs nothing else, so each of C
 devices takes an even share of the tokens through the blocks. Three things look across tokens: local
 attention, full or window attention, and a scan. All of them keep heads apart, so around their method mix an
-all-to-all turns all heads of own tokens into own heads of all tokens, and back (2309.14509).
-
-torchrun ends the others when a process dies; NCCL's watchdog ends a hang.
+all-to-all turns all heads of own tokens into own heads of all tokens, and back (2309.14509). torchrun ends
+the others when a process dies; NCCL's watchdog ends a hang.
 """
 
 import datetime
@@ -30,12 +29,9 @@ from dataset import UserError
 
 
 def join(device, batches, context=1, shard=0):
-    """Joins the processes that torchrun started: (this process's device, place), where place(make) is the
-    network make() returns, sharded over all of them. Every `context` neighbours share a video, every `shard`
-    a copy of the weights (0: all).
-
-    Raises UserError where so many processes cannot share `batches`, the videos a step of each stage.
-    """
+    """Joins the processes that torchrun started: (this process's device, place). Every `context` neighbours
+    share a video, every `shard` a copy of the weights (0: all). Raises UserError where so many processes
+    cannot share `batches`, the videos a step of each stage."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     shard = shard or world_size
     if world_size % context or world_size % shard:
@@ -58,12 +54,9 @@ def join(device, batches, context=1, shard=0):
 
 
 def place(device, weights, context, make):
-    """The network that make() returns in the first process, sharded over all. It is whole in the memory of
-    one machine only.
-
-    On GPUs weights are gathered in bf16; gradients are summed in fp32, over other videos and other tokens of
-    the same alike.
-    """
+    """The network that make() returns in the first process, sharded over all: only there it is whole in
+    memory. On GPUs weights are gathered in bf16; gradients are summed in fp32, over other videos and other
+    tokens of the same alike."""
     first = make() if dist.get_rank() == 0 else None          # the others get its class, config, shards
     kind = [first and (type(first), first.config)]
     dist.broadcast_object_list(kind, device=torch.device("cpu"))
@@ -79,14 +72,8 @@ def place(device, weights, context, make):
     model.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, first.state_dict() if first else {}, options=options)
-    if context is not None:
-        share_videos(model, context)
-    return model
-
-
-def share_videos(model, context):
-    """Puts the exchange of heads and tokens around what looks across tokens, and gives every device its share
-    of them."""
+    if context is None:
+        return model
     model.through_blocks = functools.partial(through_blocks, context, model.through_blocks)
     for block in model.blocks:
         block.attention.mix = functools.partial(over_heads, context, block.attention.mix, False)
@@ -94,6 +81,7 @@ def share_videos(model, context):
             both.layer.mix = functools.partial(over_heads, context, both.layer.mix, True)
             # Own tokens lie as stored; mix puts all of them into scan order.
             both.scan = functools.partial(torch.nn.Module.__call__, both.layer)
+    return model
 
 
 def through_blocks(context, run, x, time, layout, texts):

@@ -94,21 +94,20 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
 def ssd(x, dt, A, Bm, Cm, chunk=64):
     """Mamba 2's recurrence (Dao & Gu, 2405.21060) in chunks, in fp32 (float64 for float64), without the skip.
 
-    x [B, H, L, P]; dt [B, H, L] after softplus; A [H], negative; Bm, Cm [B, G, L, N], each group serving H /
-    G heads. Returns out [B, H, L, P] and the last state [B, H, P, N].
+    x [B, H, L, P]; dt [B, H, L] after softplus; A [H], negative; Bm, Cm [B, 1, L, N], which serve all heads.
+    Returns out [B, H, L, P] and the last state [B, H, P, N].
     """
-    groups, L, dtype = Bm.shape[1], x.shape[2], torch.promote_types(x.dtype, torch.float32)
+    L, dtype = x.shape[2], torch.promote_types(x.dtype, torch.float32)
     x, dt, Bm, Cm = (in_chunks(y.to(dtype), chunk) for y in (x, dt, Bm, Cm))
-    x, dt, Bm, Cm = (y.unflatten(2, (groups, -1)) for y in (x, dt, Bm, Cm))   # [m, B, groups, heads, C, ...]
-    G, decay = decays_within(dt * A.unflatten(0, (groups, -1))[..., None])
+    G, decay = decays_within(dt * A[:, None])
     x = dt[..., None] * x
     within = ((Cm @ Bm.mT) * decay) @ x                                     # what a chunk tells itself
     grown, x = G.exp()[..., None], x * (G[..., -1:] - G).exp()[..., None]
-    S, out = torch.zeros(*x.shape[1:4], x.shape[-1], Bm.shape[-1], dtype=dtype, device=x.device), []
+    S, out = torch.zeros(*x.shape[1:3], x.shape[-1], Bm.shape[-1], dtype=dtype, device=x.device), []
     for x_m, B_m, C_m, within_m, grown_m in zip(x, Bm, Cm, within, grown):
         out.append(within_m + grown_m * (C_m @ S.mT))
         S = grown_m[..., -1:, :] * S + x_m.mT @ B_m
-    return rearrange(torch.stack(out), "m B G h C P -> B (G h) (m C) P")[:, :, :L], S.flatten(1, 2)
+    return rearrange(torch.stack(out), "m B H C P -> B H (m C) P")[:, :, :L], S
 
 
 def short_convolution(x, filters):
