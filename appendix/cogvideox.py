@@ -30,15 +30,13 @@ def their_names(model):
 def load(folder, make):
     """make(sizes), fields of Config, filled with the weights of a folder: the pipeline's or its transformer/.
     Variants, shards and precisions are diffusers' matter. Host memory: what diffusers reads and what make()
-    returns, at 5B 22 + 29 GB.
-
-    Raises UserError if the folder does not hold this network.
-    """
+    returns, at 5B 22 + 29 GB. Raises UserError if the folder does not hold this network."""
     from diffusers import CogVideoXTransformer3DModel
     where = Path(folder, "transformer") if Path(folder, "transformer").is_dir() else folder
     with reading(f"{folder}: CogVideoX's transformer"):
-        theirs, found = CogVideoXTransformer3DModel.from_pretrained(
-            where, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True)
+        settings = dict(use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+        settings["output_loading_info"] = True
+        theirs, found = CogVideoXTransformer3DModel.from_pretrained(where, **settings)
         wrong = [*found["missing_keys"], *found["unexpected_keys"]]
         assert not wrong, f"tensor {wrong[0]} is missing or one too many"
         config = theirs.config

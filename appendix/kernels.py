@@ -33,16 +33,14 @@ from dataset import UserError, atomic, say
 # falls on x" is the gradient of the outer loss on x. TTT-Linear has W1 and b1 only: its G1 is G.
 
 def normalise(Z, eps):
-    """xh, and what J needs: (Z, mean, r). Biased variance, eps inside the root."""
+    """xh, and what J needs of it. Biased variance, eps inside the root."""
     xh, mean, r = torch.native_layer_norm(Z, Z.shape[-1:], None, None, eps)
-    return xh, (Z, mean, r)
+    return xh, (Z, Z.shape[-1:], mean, r, None, None, (True, False, False))
 
 
 def J(p, statistics):
     """LayerNorm's Jacobian, symmetric: r (p - mean(p) - xh mean(p xh))."""
-    Z, mean, r = statistics
-    only_p = True, False, False
-    return torch.ops.aten.native_layer_norm_backward(p, Z, Z.shape[-1:], mean, r, None, None, only_p)[0]
+    return torch.ops.aten.native_layer_norm_backward(p, *statistics)[0]
 
 
 def gelu_derivatives(x, order):
@@ -123,7 +121,7 @@ def backward_of_learn(W, dW, k, eta, gamma, dgamma, saved):
     dgamma.addcmul_(w, torch.addcmul(error, gamma, xh))
     along_p, along_U = (p * xh).mean(-1, keepdim=True), (U * xh).mean(-1, keepdim=True)
     dZ = J(gamma * dp, statistics)
-    dZ -= statistics[2] * (w * along_p).addcmul_(gZ, along_U).addcmul_(xh, eta * deta / k.shape[-1])
+    dZ -= statistics[3] * (w * along_p).addcmul_(gZ, along_U).addcmul_(xh, eta * deta / k.shape[-1])
     # Through the first forward pass, Z = f(k; W).
     return backward_of_model(W, dW, k, dZ, kept, dp - dk, inside), -dp, deta
 
@@ -177,14 +175,13 @@ def closed_form(f, W, tokens, gamma, beta, eps, checkpoint):
 #
 # The closed form launches some thirty operations a mini-batch and carries what they share through the GPU's
 # main memory. Here one program a (batch, head) reads a whole sequence in one launch, forward or backward.
+# Products round their operands to the precision of the inputs; their sums and all else are fp32. Every sum
+# runs inside one program in the order of the code: no atomics, the same bits each time.
 #
-#   products   operands in the precision of the inputs, sums in fp32; all else is fp32
-#   state      132 KB a program for TTT-MLP at F 64. With W in registers ptxas spilled 3 to 97 KB a thread, so
-#              it passes through them in tiles of F x F and lives in the L1 and L2 caches. DIFF from the
-#              paper's kernel (3.5), which holds W in the shared memory of two SMs
-#   backward   a program replays a group from its kept state into a scratch of `every` states and one [b, E]
-#              row, 2.2 MB for TTT-MLP at F 64, b 64, 16 mini-batches a group, then walks it backwards
-#   order      every sum runs inside one program in the order of the code: no atomics, the same bits each time
+# A state is 132 KB for TTT-MLP at F 64. With W in registers ptxas spilled 3 to 97 KB a thread, so it passes
+# through them in tiles of F x F and lives in the L1 and L2 caches. DIFF from the paper's kernel (3.5), which
+# holds W in the shared memory of two SMs. Backward, a program needs a scratch of `every` states and a row
+# [b, E]: 2.2 MB for TTT-MLP at F 64, b 64, 16 mini-batches a group.
 
 try:
     import triton
@@ -236,8 +233,7 @@ def tile_J(p, xh, r):
 
 
 @jit
-def load_tokens(pointer, rows, F: constexpr):
-    """[b, F]; zeros behind the end, where rows are -1."""
+def load_tokens(pointer, rows, F: constexpr):                     # [b, F]; rows -1 are behind the end: zeros
     return tl.load(pointer + rows * F + tl.arange(0, F)[None, :], mask=rows >= 0, other=0).to(tl.float32)
 
 
@@ -261,15 +257,13 @@ def tile_of(state, e, F: constexpr, E: constexpr):
 
 
 @jit
-def affine(W, e, x, F: constexpr, E: constexpr, PRECISION: constexpr):
-    """x W1 + b1, tile e: [b, F]."""
+def affine(W, e, x, F: constexpr, E: constexpr, PRECISION: constexpr):                # x W1 + b1, tile e
     W1, b1, _, _ = tile_of(W, e, F, E)
     return tile_dot(x, tl.load(W1), PRECISION) + tl.load(b1)
 
 
 @jit
-def tile_model(W, x, F: constexpr, E: constexpr, PRECISION: constexpr):
-    """f(x; W), [b, F]."""
+def tile_model(W, x, F: constexpr, E: constexpr, PRECISION: constexpr):                # f(x; W)
     if E == F:
         return affine(W, 0, x, F, E, PRECISION)
     Z = tl.zeros_like(x) + tl.load(tile_of(W, 0, F, E)[3])
@@ -535,13 +529,12 @@ def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta,
     fits = {"torch": True, "cuda": chip == (9, 0) and (kind, F, b, precision) == ("mlp", 64, 64, "bf16"),
             "triton": triton and (chip >= (8, 0) or EMULATED) and F in (32, 64) and b in (16, 32, 64)
                       and precision in ("bf16", "fp32")}
+    case = kind, F, b, precision, device
     if backend == "auto":
-        trusted = q.is_cuda and fits["triton"] and agrees(scan_in_torch, kind, F, b, precision, device)
-        backend = "triton" if trusted else "torch"
+        backend = "triton" if q.is_cuda and fits["triton"] and agrees(scan_in_torch, *case) else "torch"
     if not fits.get(backend):
-        case = f"{kind}, head width {F}, mini-batch {b}, {precision}, {device.type}"
-        table = __doc__.split("\n\n")[1]
-        raise ValueError(f'no backend "{backend}" for {case}; besides autograd, dual, primal:\n{table}')
+        there, case = __doc__.split("\n\n")[1], ", ".join(map(str, case))
+        raise ValueError(f'no backend "{backend}" for {case}; besides autograd, dual, primal:\n{there}')
     arguments = weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint
     if backend == "torch":
         return scan_in_torch(closed_form, kind, *arguments)
@@ -552,21 +545,18 @@ def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta,
 @torch.inference_mode(False)                                  # which turns gradients on
 def agrees(scan_in_torch, kind, F, b, precision, device):
     """Whether Triton's output and gradients are those of "torch", in a small scan here; says if not."""
-    E, L, generator = F if kind == "linear" else 4 * F, 2 * b + 5, torch.Generator().manual_seed(0)
-    W = [(2, F, E), (2, E), (2, E, F), (2, F)][:2 if kind == "linear" else 4]
-    shapes = *W, *[(1, 2, L, F)] * 3, (1, 2, L), (2, F), (2, F)
+    W = dict(linear=[(2, F, F), (2, F)], mlp=[(2, F, 4 * F), (2, 4 * F), (2, 4 * F, F), (2, F)])[kind]
+    tokens, generator, found = (1, 2, 2 * b + 5), torch.Generator().manual_seed(0), []
+    shapes = *W, *[(*tokens, F)] * 3, tokens, (2, F), (2, F)
     inputs = [(torch.randn(s, generator=generator) / 10).to(device).requires_grad_() for s in shapes]
-    results = []
     try:
         for scan, *first in (scan_by_kernel, precision), (scan_in_torch, closed_form, kind):
             out, last = scan(*first, inputs[:len(W)], *inputs[len(W):], b, 1e-8, 2)
             loss = sum((y * y).sum() for y in (out, *last))
-            results.append([out, *last, *torch.autograd.grad(loss, inputs)])
-        worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(*results))
-        if worst <= {"fp32": 1e-3, "bf16": 1e-1}[precision]:
-            return True
-        complaint = f"is off by {worst:.2g}"
+            found.append([out, *last, *torch.autograd.grad(loss, inputs)])
+        worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(*found))
+        assert worst <= {"fp32": 1e-3, "bf16": 1e-1}[precision], f"it is off by {worst:.2g}"
+        return True
     except Exception as error:                                # whatever a compiler or a driver may say
-        complaint = f"does not run ({type(error).__name__}: {error})"
-    say(f'ttt_scan: backend "triton" {complaint} here; taking "torch"')
-    return False
+        say(f'ttt_scan: backend "triton" does not do here, {error!r}; taking "torch"')
+        return False

@@ -37,23 +37,22 @@ class SlidingWindow(LocalAttention):
         return window_attention(layout.turn(q), layout.turn(k), v, self.window)
 
 
+def in_chunks(x, chunk):
+    """[B, H, L, ...] -> [m, B, H, chunk, ...], zeros behind the end."""
+    after = (0, 0) * (x.ndim - 3) + (0, -x.shape[2] % chunk)
+    return nnf.pad(x, after).unflatten(2, (-1, chunk)).movedim(2, 0)
+
+
 def window_attention(q, k, v, window):
     """Causal attention in which a token sees itself and the window - 1 before it: [B, H, L, F], each."""
     B, L = q.shape[0], q.shape[2]
-    q, k, v = (nnf.pad(y, (0, 0, 0, -L % window)) for y in (q, k, v))
-    q, k, v = (rearrange(y, "B H (m w) F -> m B H w F", w=window) for y in (q, k, v))
+    q, k, v = (in_chunks(y, window) for y in (q, k, v))                     # [m, B, H, w, F]
     first = nnf.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True)
     i = torch.arange(window, device=q.device)
     band = torch.cat([i[None] > i[:, None], i[None] <= i[:, None]], dim=1)  # block before, own: [w, 2w]
     k, v = (torch.cat([y[:-1], y[1:]], dim=3).flatten(0, 1) for y in (k, v))      # [(m-1) B, H, 2w, F]
     rest = nnf.scaled_dot_product_attention(q[1:].flatten(0, 1), k, v, attn_mask=band)
     return rearrange(torch.cat([first, rest]), "(m B) H w F -> B H (m w) F", B=B)[:, :, :L]
-
-
-def in_chunks(x, chunk):
-    """[B, H, L, ...] -> [m, B, H, chunk, ...], zeros behind the end."""
-    after = (0, 0) * (x.ndim - 3) + (0, -x.shape[2] % chunk)
-    return nnf.pad(x, after).unflatten(2, (-1, chunk)).movedim(2, 0)
 
 
 def decays_within(g):
@@ -76,10 +75,9 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
     L, dtype = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     q, k, v, g, beta = (in_chunks(x.to(dtype), chunk) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
     G, decay = decays_within(g)                                             # [m, B, H, C], [m, B, H, C, C]
-    A = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
-    grown = G.exp()[..., None]                                              # e^(G_t)
-    known = torch.cat([beta[..., None] * v, beta[..., None] * grown * k], dim=-1)
-    system = A + torch.eye(chunk, dtype=dtype, device=q.device)
+    grown, beta = G.exp()[..., None], beta[..., None]                       # e^(G_t)
+    system = (beta * (k @ k.mT) * decay).tril(-1) + torch.eye(chunk, dtype=dtype, device=q.device)
+    known = torch.cat([beta * v, beta * grown * k], dim=-1)
     solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     U, UK = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     scores, q, k = (q @ k.mT) * decay, q * grown, k * (G[..., -1:] - G).exp()[..., None]
@@ -111,16 +109,12 @@ def ssd(x, dt, A, Bm, Cm, chunk=64):
 
 
 def short_convolution(x, filters):
-    """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], filters [H, F, 4], or 5 with
-    a bias behind -> [B, H, L, F]."""
+    """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], filters [H, F, 4], or with
+    a bias behind [H, F, 5] -> [B, H, L, F]."""
     (H, L), filters = x.shape[1:3], filters.flatten(0, 1)
     weight, bias = filters[:, None, :4], filters[:, 4] if filters.shape[1] == 5 else None
     y = nnf.conv1d(rearrange(x, "B H L F -> B (H F) L"), weight, bias, padding=3, groups=len(weight))
     return rearrange(nnf.silu(y[..., :L]), "B (H F) L -> B H L F", H=H)
-
-
-def rms_norm(x, weight, eps=1e-5):
-    return nnf.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
 def decay_rates(heads):
@@ -157,7 +151,8 @@ class Mamba2(nn.Module):
         filters = own.unflatten(0, (self.heads, -1)), shared[None]
         y = self.mix(layout, tokens, (*filters, self.A_log, self.dt_bias, self.D))
         y = rearrange(y, "B H L P -> B L (H P)")
-        return self.out(rms_norm(y * nnf.silu(z.float()), self.norm).to(x.dtype))
+        y = nnf.rms_norm(y * nnf.silu(z.float()), [self.inner], self.norm.to(y.dtype), 1e-5)
+        return self.out(y.to(x.dtype))
 
     def mix(self, layout, tokens, parameters):
         (u, BC, dt), (own, shared, A_log, dt_bias, D) = tokens, parameters
@@ -193,7 +188,8 @@ class GatedDeltaNet(nn.Module):
         filters = rearrange(self.by_head(self.conv.weight[:, 0].T), "t H F -> H F t")
         decay, write = rearrange(self.rates(x).float(), "B L (two H) -> two B H L", two=2)
         y = self.mix(layout, (y, decay, write), (filters, self.A_log, self.dt_bias))
-        y = rearrange(rms_norm(y, self.norm), "B H L V -> B L (H V)") * nnf.silu(self.gate(x).float())
+        y = nnf.rms_norm(y, y.shape[-1:], self.norm.to(y.dtype), 1e-5)
+        y = rearrange(y, "B H L V -> B L (H V)") * nnf.silu(self.gate(x).float())
         return self.out(y.to(x.dtype))
 
     def by_head(self, y):                               # channels [..., q k v] -> [..., H, q k v of one head]
