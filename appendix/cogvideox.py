@@ -13,10 +13,10 @@ FIELDS = {"channels": "in_channels", "height": "sample_height", "width": "sample
           "patch": "patch_size"}
 NAMES = {"blocks.": "transformer_blocks.", "norm_1": "norm1", "norm_2": "norm2",
          "attention.qkv.0": "attn1.to_q", "attention.qkv.1": "attn1.to_k", "attention.qkv.2": "attn1.to_v",
-         "attention.out": "attn1.to_out.0",
-         "attention.": "attn1.", "mlp.0": "ff.net.0.proj", "mlp.2": "ff.net.2",
-         "patch_in": "patch_embed.proj", "text_in": "patch_embed.text_proj", "time.": "time_embedding.",
-         "norm_out.": "norm_out.norm.", "modulate_out": "norm_out.linear", "patch_out": "proj_out"}
+         "attention.out": "attn1.to_out.0", "attention.": "attn1.", "mlp.0": "ff.net.0.proj",
+         "mlp.2": "ff.net.2", "patch_in": "patch_embed.proj", "text_in": "patch_embed.text_proj",
+         "time.": "time_embedding.", "norm_out.": "norm_out.norm.", "modulate_out": "norm_out.linear",
+         "patch_out": "proj_out"}
 
 
 def their_names(model):

@@ -308,9 +308,8 @@ def tile_learn(W, new, k, v, eta, rows, gamma, beta, eps, F: constexpr, E: const
         G1 = G
         if E > F:
             X2, slope, _ = tile_gelu(affine(W, e, k, F, E, PRECISION))
-            W2 = tl.load(W2)
-            G1 = tile_dot(G, W2.T, PRECISION) * slope
-            tl.store(new_W2, W2 - tile_dot(X2.T, G, PRECISION))
+            G1 = tile_dot(G, tl.load(W2).T, PRECISION) * slope
+            tl.store(new_W2, tl.load(W2) - tile_dot(X2.T, G, PRECISION))
         tl.store(new_W1, tl.load(W1) - tile_dot(k.T, G1, PRECISION))
         tl.store(new_b1, tl.load(b1) - tl.sum(G1, 0)[None, :])
     if E > F:
@@ -348,8 +347,7 @@ def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgam
     own, row, steps = tl.arange(0, b)[:, None], tl.arange(0, F)[None, :], tl.cdiv(L, b)
     gamma, beta = tl.load(gamma + program % H * F + row), tl.load(beta + program % H * F + row)
     groups = tl.cdiv(steps, every)
-    kept += program * (groups + 1) * size
-    dstate += program * size
+    kept, dstate = kept + program * (groups + 1) * size, dstate + program * size
     scratch += program * (every * size + E * b)               # states after each step of a group, and a row:
     inside = scratch + every * size + own * F + row           # what falls on Z1 but for what comes through dZ
     dgamma, dbeta = dgamma + program * F + row, dbeta + program * F + row

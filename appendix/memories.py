@@ -22,11 +22,8 @@ from ttt_minute import LocalAttention
 
 
 class SlidingWindow(LocalAttention):
-    """Attention to the last `config.window` tokens in scan order, itself included, with CogVideoX's norms of
-    q and k.
-
-    Queries come in blocks of a window: each sees its own block and the one before, so memory is linear in L.
-    """
+    """Attention to the last `config.window` tokens in scan order, itself included. Queries come in blocks of
+    a window: each sees its own block and the one before, so memory is linear in L."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -70,8 +67,7 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
 
     With u_t = beta_t (v_t - k_t^T e^(g_t) S_{t-1}), what a token writes, S_t = e^(G_t) S_0 + sum_{i<=t}
     e^(G_t - G_i) k_i u_i^T inside a chunk. So the u solve a triangular system, (I + A) U = beta (V - e^G K
-    S_0), A_ti = beta_t e^(G_t - G_i) k_t.k_i for i < t, of which all but S_0 is known for all chunks at once.
-    """
+    S_0), A_ti = beta_t e^(G_t - G_i) k_t.k_i for i < t; all but S_0 is known for all chunks at once."""
     L, dtype = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     q, k, v, g, beta = (in_chunks(x.to(dtype), chunk) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
     G, decay = decays_within(g)                                             # [m, B, H, C], [m, B, H, C, C]
@@ -93,8 +89,7 @@ def ssd(x, dt, A, Bm, Cm, chunk=64):
     """Mamba 2's recurrence (Dao & Gu, 2405.21060) in chunks, in fp32 (float64 for float64), without the skip.
 
     x [B, H, L, P]; dt [B, H, L] after softplus; A [H], negative; Bm, Cm [B, 1, L, N], which serve all heads.
-    Returns out [B, H, L, P] and the last state [B, H, P, N].
-    """
+    Returns out [B, H, L, P] and the last state [B, H, P, N]."""
     L, dtype = x.shape[2], torch.promote_types(x.dtype, torch.float32)
     x, dt, Bm, Cm = (in_chunks(y.to(dtype), chunk) for y in (x, dt, Bm, Cm))
     G, decay = decays_within(dt * A[:, None])
