@@ -18,16 +18,22 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 from einops import rearrange
 
-from ttt_minute import LocalAttention
 
-
-class SlidingWindow(LocalAttention):
+class SlidingWindow(nn.Module):
     """Attention to the last `config.window` tokens in scan order, itself included. Queries come in blocks of
     a window: each sees its own block and the one before, so memory is linear in L."""
 
     def __init__(self, config):
-        super().__init__(config)
-        self.window = config.window
+        super().__init__()
+        self.window, self.heads = config.window, config.heads
+        self.qkv = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in "qkv")
+        self.norm_q, self.norm_k = (nn.LayerNorm(config.head_width, eps=1e-6) for _ in "qk")
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x, layout):
+        q, k, v = (rearrange(linear(x), "B L (H F) -> B H L F", H=self.heads) for linear in self.qkv)
+        y = self.mix(layout, (self.norm_q(q), self.norm_k(k), v))
+        return self.out(rearrange(y, "B H L F -> B L (H F)"))
 
     def mix(self, layout, tokens, parameters=()):
         q, k, v = tokens
