@@ -13,10 +13,10 @@ FIELDS = {"channels": "in_channels", "height": "sample_height", "width": "sample
           "patch": "patch_size"}
 NAMES = {"blocks.": "transformer_blocks.", "norm_1": "norm1", "norm_2": "norm2",
          "attention.qkv.0": "attn1.to_q", "attention.qkv.1": "attn1.to_k", "attention.qkv.2": "attn1.to_v",
-         "attention.out": "attn1.to_out.0",
-         "attention.": "attn1.", "mlp.0": "ff.net.0.proj", "mlp.2": "ff.net.2",
-         "patch_in": "patch_embed.proj", "text_in": "patch_embed.text_proj", "time.": "time_embedding.",
-         "norm_out.": "norm_out.norm.", "modulate_out": "norm_out.linear", "patch_out": "proj_out"}
+         "attention.out": "attn1.to_out.0", "attention.": "attn1.", "mlp.0": "ff.net.0.proj",
+         "mlp.2": "ff.net.2", "patch_in": "patch_embed.proj", "text_in": "patch_embed.text_proj",
+         "time.": "time_embedding.", "norm_out.": "norm_out.norm.", "modulate_out": "norm_out.linear",
+         "patch_out": "proj_out"}
 
 
 def their_names(model):
@@ -30,16 +30,10 @@ def their_names(model):
 def load(folder, make):
     """make(sizes), fields of Config, filled with the weights of a folder: the pipeline's or its transformer/.
     Variants, shards and precisions are diffusers' matter. Host memory: what diffusers reads and what make()
-    returns, at 5B 22 + 29 GB.
-
-    Raises UserError if the folder does not hold this network.
-    """
+    returns, at 5B 22 + 29 GB. Raises UserError if the folder does not hold this network."""
     from diffusers import CogVideoXTransformer3DModel
-    folder = Path(folder)
+    where = Path(folder, "transformer") if Path(folder, "transformer").is_dir() else folder
     with reading(f"{folder}: CogVideoX's transformer"):
-        where = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        if not where.is_dir():
-            raise UserError(f"{folder}: no such folder")
         settings = dict(use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
         settings["output_loading_info"] = True
         theirs, found = CogVideoXTransformer3DModel.from_pretrained(where, **settings)
@@ -64,7 +58,7 @@ def save(model, folder, dtype):
     fields |= dict(use_rotary_positional_embeddings=True, out_channels=config.channels)
     theirs = CogVideoXTransformer3DModel(**fields).to(dtype)
     weights = {name: weights[ours] for ours, name in their_names(model).items()}
-    kernel = rearrange(model.patch_in.weight, "D (C p q) -> D C p q", p=config.patch, q=config.patch)
-    weights["patch_embed.proj.weight"] = kernel
+    p = config.patch
+    weights["patch_embed.proj.weight"] = rearrange(model.patch_in.weight, "D (C p q) -> D C p q", p=p, q=p)
     theirs.load_state_dict(weights)
     theirs.save_pretrained(folder, max_shard_size="5GB")

@@ -7,9 +7,8 @@ parallelism).
 The network of ttt_minute.py knows nothing of this. What looks at one token needs nothing else, so each of C
 devices takes an even share of the tokens through the blocks. Three things look across tokens: local
 attention, full or window attention, and a scan. All of them keep heads apart, so around their method mix an
-all-to-all turns all heads of own tokens into own heads of all tokens, and back (2309.14509).
-
-torchrun ends the others when a process dies; NCCL's watchdog ends a hang.
+all-to-all turns all heads of own tokens into own heads of all tokens, and back (2309.14509). torchrun ends
+the others when a process dies; NCCL's watchdog ends a hang.
 """
 
 import datetime
@@ -30,12 +29,9 @@ from dataset import UserError
 
 
 def join(device, batches, context=1, shard=0):
-    """Joins the processes that torchrun started: (this process's device, place), where place(make) is the
-    network make() returns, sharded over all of them. Every `context` neighbours share a video, every `shard`
-    a copy of the weights (0: all).
-
-    Raises UserError where so many processes cannot share `batches`, the videos a step of each stage.
-    """
+    """Joins the processes that torchrun started: (this process's device, place). Every `context` neighbours
+    share a video, every `shard` a copy of the weights (0: all). Raises UserError where so many processes
+    cannot share `batches`, the videos a step of each stage."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     shard = shard or world_size
     if world_size % context or world_size % shard:
@@ -45,9 +41,9 @@ def join(device, batches, context=1, shard=0):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The first process draws the world and decodes videos alone, while the others wait.
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(minutes=30))
     if rank:                                                  # only the first process prints
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
@@ -58,14 +54,11 @@ def join(device, batches, context=1, shard=0):
 
 
 def place(device, weights, context, make):
-    """The network that make() returns in the first process, sharded over all. It is whole in the memory of
-    one machine only.
-
-    On GPUs weights are gathered in bf16; gradients are summed in fp32, over other videos and other tokens of
-    the same alike.
-    """
-    box = [make() if dist.get_rank() == 0 else None]          # the others get its class, config, shards
-    kind = [(type(box[0]), box[0].config) if box[0] is not None else None]
+    """The network that make() returns in the first process, sharded over all: only there it is whole in
+    memory. On GPUs weights are gathered in bf16; gradients are summed in fp32, over other videos and other
+    tokens of the same alike."""
+    first = make() if dist.get_rank() == 0 else None          # the others get its class, config, shards
+    kind = [first and (type(first), first.config)]
     dist.broadcast_object_list(kind, device=torch.device("cpu"))
     network, config = kind[0]
     with torch.device("meta"):
@@ -77,17 +70,10 @@ def place(device, weights, context, make):
         module.set_gradient_divide_factor(1.0)                                        # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
-    whole = box[0].state_dict() if box[0] is not None else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, whole, options=options)
-    if context is not None:
-        share_videos(model, context)
-    return model
-
-
-def share_videos(model, context):
-    """Puts the exchange of heads and tokens around what looks across tokens, and gives every device its share
-    of them."""
+    set_model_state_dict(model, first.state_dict() if first else {}, options=options)
+    if context is None:
+        return model
     model.through_blocks = functools.partial(through_blocks, context, model.through_blocks)
     for block in model.blocks:
         block.attention.mix = functools.partial(over_heads, context, block.attention.mix, False)
@@ -95,6 +81,7 @@ def share_videos(model, context):
             both.layer.mix = functools.partial(over_heads, context, both.layer.mix, True)
             # Own tokens lie as stored; mix puts all of them into scan order.
             both.scan = functools.partial(torch.nn.Module.__call__, both.layer)
+    return model
 
 
 def through_blocks(context, run, x, time, layout, texts):

@@ -1,60 +1,53 @@
 """The scan of ttt_minute.py, section 4, made fast: three more backends for ttt_scan, the same numbers.
 
-    torch      the primal form with its backward pass in closed form; any device, and what a CPU takes
-    triton     one kernel a pass; any NVIDIA GPU since Ampere
-    cuda       ttt_kernel.cu: TTT-MLP with its hidden state on chip; Hopper GPUs (paper, 3.5 and appendix B)
+    torch      the primal form with its backward pass in closed form; takes everything
+    triton     one kernel a pass; NVIDIA GPUs since Ampere, heads of 32 or 64, mini-batches of 16, 32 or 64,
+               bf16 or fp32
+    cuda       ttt_kernel.cu: TTT-MLP with its hidden state on chip (paper, 3.5 and appendix B); Hopper GPUs,
+               heads and mini-batches of 64, bf16
 
 Not yet run on a GPU: the Triton kernels are tested in Triton's interpreter, the CUDA kernel is executed
-instruction by instruction on a CPU (hopper.py). So "auto" takes Triton only after it agreed with torch on the
-very GPU, and never the other.
+instruction by instruction on a CPU (hopper.py). So "auto" takes torch, or Triton once it agreed with torch on
+the very GPU.
 """
 
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import shutil
 import subprocess
-import sys
-import types
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from einops import pack, unpack
+from torch.autograd.function import once_differentiable
 
-from dataset import UserError, atomic
+from dataset import UserError, atomic, say
 
 # 1. The backward pass in closed form, in torch ------------------------------------------------------------
 #
 # Autograd through the primal form keeps every intermediate of a step. Here the forward pass keeps W every few
 # mini-batches, and the backward pass takes these groups last to first: it replays a group from its W, then
 # walks it backwards, carrying dW, the gradient on the state. Tensors are [n, b, F], as in section 4. "What
-# falls on x" is the gradient of the outer loss on x.
+# falls on x" is the gradient of the outer loss on x. TTT-Linear has W1 and b1 only: its G1 is G.
 
 def normalise(Z, eps):
-    """xh, and what J needs: (Z, mean, r). Biased variance, eps inside the root."""
+    """xh, and what J needs of it. Biased variance, eps inside the root."""
     xh, mean, r = torch.native_layer_norm(Z, Z.shape[-1:], None, None, eps)
-    return xh, (Z, mean, r)
+    return xh, (Z, Z.shape[-1:], mean, r, None, None, (True, False, False))
 
 
 def J(p, statistics):
     """LayerNorm's Jacobian, symmetric: r (p - mean(p) - xh mean(p xh))."""
-    Z, mean, r = statistics
-    only_p = True, False, False
-    return torch.ops.aten.native_layer_norm_backward(p, Z, Z.shape[-1:], mean, r, None, None, only_p)[0]
-
-
-def over_tokens(x):                                                         # [n, b, F] -> [n, 1, F]
-    return x.sum(-2, keepdim=True)
+    return torch.ops.aten.native_layer_norm_backward(p, *statistics)[0]
 
 
 def gelu_derivatives(x, order):
     """gelu_tanh(x) = x s, s = sigmoid(z), z = c x (1 + d x^2), c = sqrt(8 / pi), and its first `order`
     derivatives, s (1 + v (1 - s)) and (r (v (1 - 2s) + 4) - 2c) s (1 - s), where r = z' = c (1 + 3 d x^2),
     v = x r and z = (v + 2c x) / 3. Overwrites x."""
-    c, d = math.sqrt(8 / math.pi), 0.044715
+    c, d = 1.5957691216057308, 0.044715
     r = (x * x).mul_(3 * c * d).add_(c)
     v = x * r if order == 2 else r.mul_(x)
     s = torch.add(v, x, alpha=2 * c).mul_(1 / 3).sigmoid_()
@@ -65,196 +58,151 @@ def gelu_derivatives(x, order):
     return (y, first, second) if order == 2 else (y, first)
 
 
-class ClosedLinear:
-    """What the closed form has to know of the inner model f(x; W) = x W1 + b1."""
-
-    def f(self, W, x, order):                                 # f(x; W), and what comes back through it needs
+def model(W, x, order=1):
+    """Z = f(x; W), and what comes back through it needs: X2, GELU' [, GELU'']."""
+    if len(W) == 2:
         return torch.baddbmm(W[1], x, W[0]), ()
-
-    def inner(self, W, G, kept):                          # the gradients inside f, where G falls on f(k; W)
-        return ()
-
-    def descend(self, W, k, G, kept, inner):                        # W - dl/dW
-        return torch.baddbmm(W[0], k.mT, G, alpha=-1), W[1] - over_tokens(G)
-
-    def back_of_update(self, W, dW, k, G, kept, inner):
-        """Through W' = W - k^T G: what falls on G, on k (its negative), and, not yet complete, inside f."""
-        return torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1), torch.bmm(G, dW[0].mT), None
-
-    def back(self, W, dW, x, dZ, kept, dx, known=None):
-        """Through Z = f(x; W): adds to dW, returns dx and what falls on x."""
-        dW[0].baddbmm_(x.mT, dZ)
-        dW[1] += over_tokens(dZ)
-        return torch.baddbmm(dx, dZ, W[0].mT)
+    kept = gelu_derivatives(torch.baddbmm(W[1], x, W[0]), order)
+    return torch.baddbmm(W[3], kept[0], W[2]), kept
 
 
-class ClosedMLP:
-    """Of f(x; W) = GELU(x W1 + b1) W2 + b2. kept: X2, GELU' [, GELU'']; inner: gX2 = G W2^T, G1."""
+def backward_of_model(W, dW, x, dZ, kept, dx, inside=None):
+    """Through Z = f(x; W): adds to dW, returns dx and what falls on x. inside: the negative of what falls on
+    X2 besides, and what falls on Z1 besides."""
+    if len(W) == 4:
+        dW[2].baddbmm_(kept[0].mT, dZ)
+        dW[3] += dZ.sum(-2, keepdim=True)
+        if inside is None:
+            dZ = torch.bmm(dZ, W[2].mT).mul_(kept[1])
+        else:
+            dZ = inside[0].baddbmm_(dZ, W[2].mT, beta=-1).mul_(kept[1]).add_(inside[1])
+    dW[0].baddbmm_(x.mT, dZ)
+    dW[1] += dZ.sum(-2, keepdim=True)
+    return torch.baddbmm(dx, dZ, W[0].mT)
 
-    def f(self, W, x, order):
-        kept = gelu_derivatives(torch.baddbmm(W[1], x, W[0]), order)
-        return torch.baddbmm(W[3], kept[0], W[2]), kept
 
-    def inner(self, W, G, kept):
+def learn(W, k, shift, eta, gamma, eps, order=1):
+    """W - dl/dW, and what backward_of_learn needs. shift = beta - (v - k); `order` derivatives of GELU."""
+    Z, kept = model(W, k, order)
+    xh, statistics = normalise(Z, eps)
+    error = torch.addcmul(shift, gamma, xh)                                 # LN(Z) - (v - k)
+    p = gamma * error                                         # the gradient on xh before eta,
+    gZ = J(p, statistics)                                     # and on Z
+    G = G1 = eta * gZ
+    inside, second = (), ()
+    if len(W) == 4:
         gX2 = torch.bmm(G, W[2].mT)
-        return gX2, gX2 * kept[1]
+        G1 = gX2 * kept[1]
+        inside = gX2, G1
+        second = torch.baddbmm(W[2], kept[0].mT, G, alpha=-1), W[3] - G.sum(-2, keepdim=True)
+    W = torch.baddbmm(W[0], k.mT, G1, alpha=-1), W[1] - G1.sum(-2, keepdim=True), *second
+    return W, (xh, statistics, error, p, gZ, G, kept, inside)
 
-    def descend(self, W, k, G, kept, inner):
-        return (torch.baddbmm(W[0], k.mT, inner[1], alpha=-1), W[1] - over_tokens(inner[1]),
-                torch.baddbmm(W[2], kept[0].mT, G, alpha=-1), W[3] - over_tokens(G))
 
-    def back_of_update(self, W, dW, k, G, kept, inner):
-        (X2, slope, bend), (gX2, G1) = kept, inner
-        dG1 = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
-        dk = torch.bmm(G1, dW[0].mT)
+def backward_of_learn(W, dW, k, eta, gamma, dgamma, saved):
+    """Gradients on k, v and eta. dW: the gradient on the new W, on return on the old; adds to dgamma."""
+    xh, statistics, error, p, gZ, G, kept, inside = saved
+    # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
+    dG = dG1 = torch.baddbmm(dW[1], k, dW[0], alpha=-1, beta=-1)
+    G1 = G
+    if len(W) == 4:
+        (X2, slope, bend), (gX2, G1) = kept, inside
         dG = torch.baddbmm(dW[3], X2, dW[2], alpha=-1, beta=-1)
-        dX2 = torch.bmm(G, dW[2].mT)                                        # minus this falls on X2
-        dZ1 = bend.mul_(gX2).mul_(dG1)                                # through G1 = gX2 * slope, gX2 = G W2^T
+        inside = torch.bmm(G, dW[2].mT), bend.mul_(gX2).mul_(dG1)           # through G1 = gX2 * slope
         dgX2 = dG1.mul_(slope)
         dG.baddbmm_(dgX2, W[2])
         dW[2].baddbmm_(dgX2.mT, G)
-        return dG, dk, (dX2, dZ1)
-
-    def back(self, W, dW, x, dZ, kept, dx, known=None):
-        dW[2].baddbmm_(kept[0].mT, dZ)
-        dW[3] += over_tokens(dZ)
-        if known is None:
-            dZ1 = torch.bmm(dZ, W[2].mT).mul_(kept[1])
-        else:
-            dZ1 = known[0].baddbmm_(dZ, W[2].mT, beta=-1).mul_(kept[1]).add_(known[1])
-        return CLOSED["linear"].back(W, dW, x, dZ1, (), dx)
-
-
-CLOSED = {"linear": ClosedLinear(), "mlp": ClosedMLP()}
-
-
-class Gradient(NamedTuple):
-    """What dl/dW is made of, and what its own backward pass needs again."""
-    xh: Tensor                      # Z = f(k; W), normalised
-    statistics: tuple               # that J needs
-    error: Tensor                   # LN(f(k; W)) - (v - k)
-    p: Tensor                       # gamma error, the gradient on xh before eta
-    gZ: Tensor                      # J[p], the gradient on Z before eta
-    G: Tensor                       # eta gZ
-    kept: tuple                     # of f
-    inner: tuple                    # gradients inside f
-
-
-def gradient_of(f, W, k, shift, eta, gamma, eps, order=1):
-    """shift = beta - (v - k), so that the error is gamma xh + shift; `order` derivatives of GELU are kept."""
-    Z, kept = f.f(W, k, order)
-    xh, statistics = normalise(Z, eps)
-    error = torch.addcmul(shift, gamma, xh)
-    gZ = J(p := gamma * error, statistics)
-    G = eta * gZ
-    return Gradient(xh, statistics, error, p, gZ, G, kept, f.inner(W, G, kept))
+    dk = torch.bmm(G1, dW[0].mT)                                            # minus this falls on k
+    # Through G = eta J[p], p = gamma error. J's xh and r depend on Z as well: the second line of dZ.
+    deta = (dG * gZ).sum(-1, keepdim=True)
+    U = eta * dG
+    w = J(U, statistics)                                                    # the gradient on p
+    dp = gamma * w                                                          # on error, and minus that on v
+    dgamma.addcmul_(w, torch.addcmul(error, gamma, xh))
+    along_p, along_U = (p * xh).mean(-1, keepdim=True), (U * xh).mean(-1, keepdim=True)
+    dZ = J(gamma * dp, statistics)
+    dZ -= statistics[3] * (w * along_p).addcmul_(gZ, along_U).addcmul_(xh, eta * deta / k.shape[-1])
+    # Through the first forward pass, Z = f(k; W).
+    return backward_of_model(W, dW, k, dZ, kept, dp - dk, inside), -dp, deta
 
 
 class ClosedForm(torch.autograd.Function):
     """All mini-batches, one after the other: q, k, v [M, n, b, F], eta [M, n, b, 1] -> out, *last W."""
 
     @staticmethod
-    def forward(ctx, f, q, k, v, eta, gamma, beta, eps, every, *W):
+    def forward(ctx, eps, every, q, k, v, eta, gamma, beta, *W):
         out, states = torch.empty_like(q), []
         for m, (k_m, shift, eta_m) in enumerate(zip(k, beta - (v - k), eta)):
             if m % every == 0:
                 states += W
-            g = gradient_of(f, W, k_m, shift, eta_m, gamma, eps)
-            W = f.descend(W, k_m, g.G, g.kept, g.inner)
-            xh, _ = normalise(f.f(W, q[m], 1)[0], eps)
+            W, _ = learn(W, k_m, shift, eta_m, gamma, eps)
+            xh, _ = normalise(model(W, q[m])[0], eps)
             out[m] = torch.addcmul(q[m] + beta, gamma, xh)
-        ctx.save_for_backward(q, k, v, eta, gamma, beta, *states, *W)
-        ctx.f, ctx.eps, ctx.every, ctx.size = f, eps, every, len(W)
+        ctx.save_for_backward(q, k, v, eta, gamma, beta, *states)
+        ctx.eps, ctx.every = eps, every
         return out, *W
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout, *dW):
         q, k, v, eta, gamma, beta, *states = ctx.saved_tensors
         dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
         dW, dgamma, shift = [dw.clone() for dw in dW], torch.zeros_like(q[0]), beta - (v - k)
-        new = states[-ctx.size:]                             # the last W: outputs read the W after their step
         for start in reversed(range(0, len(q), ctx.every)):
-            W, replay = states[start // ctx.every * ctx.size:][:ctx.size], []
+            W, replay = states[start // ctx.every * len(dW):][:len(dW)], []
             for m in range(start, min(start + ctx.every, len(q))):
-                g = gradient_of(ctx.f, W, k[m], shift[m], eta[m], gamma, ctx.eps, order=2)
-                replay.append((m, W, g))
-                if m + 1 < min(start + ctx.every, len(q)):
-                    W = ctx.f.descend(W, k[m], g.G, g.kept, g.inner)
-            while replay:
-                m, W, g = replay.pop()
-                Z, kept = ctx.f.f(new, q[m], 1)                 # through z = q + LN(f(q; new W))
+                new, saved = learn(W, k[m], shift[m], eta[m], gamma, ctx.eps, order=2)
+                replay.append((m, W, saved))
+                W = new
+            for m, old, saved in reversed(replay):
+                Z, kept = model(W, q[m])                      # through z = q + LN(f(q; W)), W the new one
                 xh, statistics = normalise(Z, ctx.eps)
                 dgamma.addcmul_(dout[m], xh)
-                dq[m] = ctx.f.back(new, dW, q[m], J(dout[m] * gamma, statistics), kept, dout[m])
-                dk[m], dv[m], deta[m] = backward_of_step(ctx.f, W, g, k[m], eta[m], gamma, dW, dgamma)
-                new = W
+                dq[m] = backward_of_model(W, dW, q[m], J(dout[m] * gamma, statistics), kept, dout[m])
+                dk[m], dv[m], deta[m] = backward_of_learn(old, dW, k[m], eta[m], gamma, dgamma, saved)
+                W = old
         dbeta = dout.sum((0, 2)) - dv.sum((0, 2))         # beta stands beside every output and every -(v - k)
-        return None, dq, dk, dv, deta, over_tokens(dgamma), dbeta[:, None], None, None, *dW
+        return None, None, dq, dk, dv, deta, dgamma.sum(-2, keepdim=True), dbeta[:, None], *dW
 
 
-def backward_of_step(f, W, g, k, eta, gamma, dW, dgamma):
-    """Gradients on k, v and eta of one update. dW: the gradient on the new W, on return on the old."""
-    # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
-    dG, dk, known = f.back_of_update(W, dW, k, g.G, g.kept, g.inner)
-    # Through G = eta J[p], p = gamma error. J's xh and r depend on Z as well: the second line of dZ.
-    deta = (dG * g.gZ).sum(-1, keepdim=True)
-    U = eta * dG
-    w = J(U, g.statistics)                                                  # the gradient on p
-    dp = gamma * w                                                          # on error, and minus that on v
-    dgamma.addcmul_(w, torch.addcmul(g.error, gamma, g.xh))
-    along_p, along_U = (g.p * g.xh).mean(-1, keepdim=True), (U * g.xh).mean(-1, keepdim=True)
-    along_gZ = eta * deta / k.shape[-1]
-    dZ = J(gamma * dp, g.statistics)
-    dZ -= g.statistics[2] * (w * along_p).addcmul_(g.gZ, along_U).addcmul_(g.xh, along_gZ)
-    # Through the first forward pass, Z = f(k; W).
-    return f.back(W, dW, k, dZ, g.kept, dp - dk, known), -dp, deta
-
-
-def closed_form(closed, f, W, tokens, gamma, beta, eps, checkpoint):
+def closed_form(f, W, tokens, gamma, beta, eps, checkpoint):
     """A loop for scan_in_torch: (out [M, n, b, F], last W)."""
-    out, *W = ClosedForm.apply(closed, *tokens, gamma, beta, eps, checkpoint, *W)
+    out, *W = ClosedForm.apply(eps, checkpoint, *tokens, gamma, beta, *W)
     return out, W
 
 
 # 2. The same in Triton ------------------------------------------------------------------------------------
 #
-# The closed form launches some thirty operations a mini-batch and carries everything they share through the
-# GPU's main memory. Here one program a (batch, head) reads a whole sequence, forward or backward, in a single
-# launch.
+# The closed form launches some thirty operations a mini-batch and carries what they share through the GPU's
+# main memory. Here one program a (batch, head) reads a whole sequence in one launch, forward or backward.
+# Products round their operands to the precision of the inputs; their sums and all else are fp32. Every sum
+# runs inside one program in the order of the code: no atomics, the same bits each time.
 #
-#   products   operands in the precision of the inputs, sums in fp32; all else is fp32
-#   tokens     row (batch, head, token) of q, k, v, out is F numbers: 33 KB a mini-batch at F 64, b 64, bf16
-#   state      one buffer a program, 132 KB for TTT-MLP at F 64. With W in registers ptxas spilled 3 to 97 KB
-#              a thread, so it passes through them in tiles of F x F and lives in the L1 and L2 caches. DIFF
-#              from the paper's kernel (3.5), which holds W in the shared memory of two SMs
-#   backward   a program replays a group from its kept state into a scratch of `every` + 1 states and one
-#              [b, E] row, 2.3 MB for TTT-MLP at F 64, b 64, 16 mini-batches a group, then walks it backwards
-#   order      every sum runs inside one program in the order of the code: no atomics, the same bits each time
+# A state is 132 KB for TTT-MLP at F 64. With W in registers ptxas spilled 3 to 97 KB a thread, so it passes
+# through them in tiles of F x F and lives in the L1 and L2 caches. DIFF from the paper's kernel (3.5), which
+# holds W in the shared memory of two SMs. Backward, a program needs a scratch of `every` states and a row
+# [b, E]: 2.2 MB for TTT-MLP at F 64, b 64, 16 mini-batches a group.
 
 try:
     import triton
     import triton.language as tl
+    from triton import jit
+    from triton.language import constexpr
 except ImportError:                                           # there is no Triton for macOS and Windows
-    triton, tl = None, types.SimpleNamespace(constexpr=lambda value: value)
+    triton, jit, constexpr = None, lambda function: function, lambda value: value
 
-# Triton's interpreter runs kernels on a CPU. It cannot multiply bf16 numbers, so there operands are rounded
-# and go back to fp32.
-EMULATED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def jit(function):
-    return triton.jit(function) if triton else function
+# Triton's interpreter runs kernels on a CPU. It multiplies no bf16: operands are rounded and go back to fp32.
+EMULATED = constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @jit
-def tile_dot(x, y, PRECISION: tl.constexpr):
-    """x @ y: operands rounded to PRECISION, "bf16", "tf32" or "fp32", and the sum in fp32."""
+def tile_dot(x, y, PRECISION: constexpr):
+    """x @ y: operands rounded to PRECISION, "bf16" or "fp32", and the sum in fp32."""
     if PRECISION == "bf16":
         x, y = x.to(tl.bfloat16), y.to(tl.bfloat16)
     if EMULATED:
         x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, input_precision="tf32" if PRECISION == "tf32" else "tf32x3")
+    return tl.dot(x, y, input_precision="tf32x3")
 
 
 @jit
@@ -284,114 +232,14 @@ def tile_J(p, xh, r):
     return r * (p - tile_mean(p) - xh * tile_mean(p * xh))
 
 
-# In memory a state is W1 [F, E], b1 [E], W2 [E, F], b2 [F], or W1 [F, F], b1 [F], one behind the other. Tile
-# e of it are columns e F ... of W1 and b1 and rows e F ... of W2.
+@jit
+def load_tokens(pointer, rows, F: constexpr):                     # [b, F]; rows -1 are behind the end: zeros
+    return tl.load(pointer + rows * F + tl.arange(0, F)[None, :], mask=rows >= 0, other=0).to(tl.float32)
 
 
 @jit
-def W1_at(state, e, F: tl.constexpr, E: tl.constexpr):                                # [F, F]
-    return state + e * F + tl.arange(0, F)[:, None] * E + tl.arange(0, F)[None, :]
-
-
-@jit
-def b1_at(state, e, F: tl.constexpr, E: tl.constexpr):                                # [1, F]
-    return state + F * E + e * F + tl.arange(0, F)[None, :]
-
-
-@jit
-def W2_at(state, e, F: tl.constexpr, E: tl.constexpr):                                # [F, F]
-    return state + F * E + E + e * F * F + tl.arange(0, F)[:, None] * F + tl.arange(0, F)[None, :]
-
-
-@jit
-def b2_at(state, F: tl.constexpr, E: tl.constexpr):                                   # [1, F]
-    return state + 2 * F * E + E + tl.arange(0, F)[None, :]
-
-
-@jit
-def load_tokens(pointer, row, there, F: tl.constexpr):                          # [b, F], zeros behind the end
-    x = tl.load(pointer + row[:, None] * F + tl.arange(0, F)[None, :], mask=there[:, None], other=0)
-    return x.to(tl.float32)
-
-
-@jit
-def store_tokens(pointer, row, there, x, F: tl.constexpr):
-    to = pointer + row[:, None] * F + tl.arange(0, F)[None, :]
-    tl.store(to, x.to(pointer.dtype.element_ty), mask=there[:, None])
-
-
-@jit
-def hidden(W, e, x, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
-    """gelu, gelu' and gelu'' of Z1 = x W1 + b1, tile e: [b, F] each."""
-    return tile_gelu(tile_dot(x, tl.load(W1_at(W, e, F, E)), PRECISION) + tl.load(b1_at(W, e, F, E)))
-
-
-@jit
-def model(W, x, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
-    """f(x; W), [b, F]."""
-    if E == F:
-        Z = tile_dot(x, tl.load(W1_at(W, 0, F, E)), PRECISION) + tl.load(b1_at(W, 0, F, E))
-    else:
-        Z = tl.zeros_like(x) + tl.load(b2_at(W, F, E))
-        for e in tl.range(E // F, disable_licm=True):
-            X2, _, _ = hidden(W, e, x, F, E, PRECISION)
-            Z += tile_dot(X2, tl.load(W2_at(W, e, F, E)), PRECISION)
-    return Z
-
-
-@jit
-def learn(W, new, k, v, eta, gamma, beta, eps, F: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr):
-    """gradient_of and descend: the state W goes to `new`, which may be W."""
-    xh, r = tile_normalise(model(W, k, F, E, PRECISION), eps)
-    G = eta * tile_J(gamma * (gamma * xh + beta - (v - k)), xh, r)
-    tl.debug_barrier()
-    if E == F:
-        tl.store(W1_at(new, 0, F, E), tl.load(W1_at(W, 0, F, E)) - tile_dot(k.T, G, PRECISION))
-        tl.store(b1_at(new, 0, F, E), tl.load(b1_at(W, 0, F, E)) - tl.sum(G, 0)[None, :])
-    else:
-        for e in tl.range(E // F, disable_licm=True):
-            X2, slope, _ = hidden(W, e, k, F, E, PRECISION)                       # again, rather than keep it
-            W2 = tl.load(W2_at(W, e, F, E))
-            G1 = tile_dot(G, W2.T, PRECISION) * slope
-            tl.store(W1_at(new, e, F, E), tl.load(W1_at(W, e, F, E)) - tile_dot(k.T, G1, PRECISION))
-            tl.store(b1_at(new, e, F, E), tl.load(b1_at(W, e, F, E)) - tl.sum(G1, 0)[None, :])
-            tl.store(W2_at(new, e, F, E), W2 - tile_dot(X2.T, G, PRECISION))
-        tl.store(b2_at(new, F, E), tl.load(b2_at(W, F, E)) - tl.sum(G, 0)[None, :])
-    tl.debug_barrier()
-
-
-@jit
-def copy_state(source, target, size: tl.constexpr):
-    for first in range(0, size, 1024):
-        place = first + tl.arange(0, 1024)
-        tl.store(target + place, tl.load(source + place, mask=place < size), mask=place < size)
-    tl.debug_barrier()
-
-
-@jit
-def scan_kernel(state, q, k, v, eta, gamma, beta, out, kept, H, L, eps, every,
-                F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
-    """ClosedForm.forward of one (batch, head). `state` goes from first to last; a copy of it goes to `kept`
-    before mini-batches 0, every, 2 every ..."""
-    size: tl.constexpr = 2 * E * F + E + F if E > F else F * F + F
-    program = tl.program_id(0).to(tl.int64)                   # batch x H + head
-    gamma = tl.load(gamma + program % H * F + tl.arange(0, F))[None, :]
-    beta = tl.load(beta + program % H * F + tl.arange(0, F))[None, :]
-    steps = tl.cdiv(L, b)
-    kept += program * tl.cdiv(steps, every) * size
-    state += program * size
-    t = 0
-    while t < steps:
-        if t % every == 0:
-            copy_state(state, kept + (t // every).to(tl.int64) * size, size)
-        row, there = program * L + t * b + tl.arange(0, b), t * b + tl.arange(0, b) < L
-        k_t, v_t = load_tokens(k, row, there, F), load_tokens(v, row, there, F)
-        eta_t = tl.load(eta + row, mask=there, other=0)[:, None]
-        learn(state, state, k_t, v_t, eta_t, gamma, beta, eps, F, E, PRECISION)
-        q_t = load_tokens(q, row, there, F)
-        xh, _ = tile_normalise(model(state, q_t, F, E, PRECISION), eps)
-        store_tokens(out, row, there, q_t + gamma * xh + beta, F)
-        t += 1
+def store_tokens(pointer, rows, x, F: constexpr):
+    tl.store(pointer + rows * F + tl.arange(0, F)[None, :], x.to(pointer.dtype.element_ty), mask=rows >= 0)
 
 
 @jit
@@ -400,236 +248,234 @@ def add(pointers, x):
 
 
 @jit
-def tile_backward_of_model(dZ, W, dW, x, dx, known,
-                           F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
-    """From the gradient on f(x; W): dx and what falls on x; what falls on W is added to dW. `known` points at
-    a part of the gradient on Z1, [b, F] a tile, that has come another way; None where there is none."""
+def tile_of(state, e, F: constexpr, E: constexpr):
+    """Pointers to tile e of a state, W1 [F, E], b1 [E], W2 [E, F], b2 [F] one behind the other, or W1 [F, F],
+    b1 [F]: columns e F ... of W1 and b1, rows e F ... of W2, and the whole b2."""
+    i, j = tl.arange(0, F)[:, None], tl.arange(0, F)[None, :]
+    W2 = state + F * E + E
+    return state + e * F + i * E + j, state + F * E + e * F + j, W2 + e * F * F + i * F + j, W2 + E * F + j
+
+
+@jit
+def affine(W, e, x, F: constexpr, E: constexpr, PRECISION: constexpr):                # x W1 + b1, tile e
+    W1, b1, _, _ = tile_of(W, e, F, E)
+    return tile_dot(x, tl.load(W1), PRECISION) + tl.load(b1)
+
+
+@jit
+def tile_model(W, x, F: constexpr, E: constexpr, PRECISION: constexpr):                # f(x; W)
     if E == F:
-        add(W1_at(dW, 0, F, E), tile_dot(x.T, dZ, PRECISION))
-        add(b1_at(dW, 0, F, E), tl.sum(dZ, 0)[None, :])
-        dx += tile_dot(dZ, tl.load(W1_at(W, 0, F, E)).T, PRECISION)
-    else:
-        add(b2_at(dW, F, E), tl.sum(dZ, 0)[None, :])
-        for e in tl.range(E // F, disable_licm=True):
-            X2, slope, _ = hidden(W, e, x, F, E, PRECISION)
-            add(W2_at(dW, e, F, E), tile_dot(X2.T, dZ, PRECISION))
-            dZ1 = tile_dot(dZ, tl.load(W2_at(W, e, F, E)).T, PRECISION) * slope
-            if known is not None:
-                dZ1 += tl.load(known + e * b * F)
-            add(W1_at(dW, e, F, E), tile_dot(x.T, dZ1, PRECISION))
-            add(b1_at(dW, e, F, E), tl.sum(dZ1, 0)[None, :])
-            dx += tile_dot(dZ1, tl.load(W1_at(W, e, F, E)).T, PRECISION)
+        return affine(W, 0, x, F, E, PRECISION)
+    Z = tl.zeros_like(x) + tl.load(tile_of(W, 0, F, E)[3])
+    for e in tl.range(E // F, disable_licm=True):
+        X2, _, _ = tile_gelu(affine(W, e, x, F, E, PRECISION))              # again each time: it is not kept
+        Z += tile_dot(X2, tl.load(tile_of(W, e, F, E)[2]), PRECISION)
+    return Z
+
+
+@jit
+def tile_backward_of_model(W, dW, x, dZ, dx, inside, F: constexpr, E: constexpr, PRECISION: constexpr):
+    """inside: points at what falls on Z1 besides, [b, F] a tile; None where there is nothing."""
+    for e in tl.range(E // F, disable_licm=True):
+        W1, _, W2, _ = tile_of(W, e, F, E)
+        dW1, db1, dW2, _ = tile_of(dW, e, F, E)
+        dZ1 = dZ
+        if E > F:
+            X2, slope, _ = tile_gelu(affine(W, e, x, F, E, PRECISION))
+            add(dW2, tile_dot(X2.T, dZ, PRECISION))
+            dZ1 = tile_dot(dZ, tl.load(W2).T, PRECISION) * slope
+            if inside is not None:
+                dZ1 += tl.load(inside + e * x.shape[0] * F)
+        add(dW1, tile_dot(x.T, dZ1, PRECISION))
+        add(db1, tl.sum(dZ1, 0)[None, :])
+        dx += tile_dot(dZ1, tl.load(W1).T, PRECISION)
+    if E > F:
+        add(tile_of(dW, 0, F, E)[3], tl.sum(dZ, 0)[None, :])
     tl.debug_barrier()
     return dx
 
 
 @jit
-def tile_backward_of_step(W, dW, spare, k, v, eta, gamma, beta, eps,
-                          F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
-    """backward_of_step: dk, dv [b, F], deta [b], and what falls on gamma [1, F]. spare: [4, b, F]."""
-    xh, r = tile_normalise(model(W, k, F, E, PRECISION), eps)
-    error = gamma * xh + beta - (v - k)
-    p = gamma * error
-    gZ = tile_J(p, xh, r)
-    G = eta * gZ
-    rows = spare + tl.arange(0, b)[:, None] * F + tl.arange(0, F)[None, :]
-    # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
-    if E == F:
-        dW1 = tl.load(W1_at(dW, 0, F, E))
-        dG = -tile_dot(k, dW1, PRECISION) - tl.load(b1_at(dW, 0, F, E))
-        dk = -tile_dot(G, dW1.T, PRECISION)
-    else:
-        dG = tl.zeros_like(k) - tl.load(b2_at(dW, F, E))
-        dk = tl.zeros_like(k)
-        for e in tl.range(E // F, disable_licm=True):
-            X2, slope, bend = hidden(W, e, k, F, E, PRECISION)
-            dW2 = tl.load(W2_at(dW, e, F, E))
-            dG -= tile_dot(X2, dW2, PRECISION)
-            dX2 = -tile_dot(G, dW2.T, PRECISION)
-            W2, dW1 = tl.load(W2_at(W, e, F, E)), tl.load(W1_at(dW, e, F, E))
-            gX2 = tile_dot(G, W2.T, PRECISION)
-            dk -= tile_dot(gX2 * slope, dW1.T, PRECISION)
-            dG1 = -tile_dot(k, dW1, PRECISION) - tl.load(b1_at(dW, e, F, E))
-            # dZ1, but for what comes through dZ and is not known yet.
-            tl.store(rows + e * b * F, dG1 * gX2 * bend + dX2 * slope)
-            dgX2 = dG1 * slope
-            dG += tile_dot(dgX2, W2, PRECISION)
-            tl.store(W2_at(dW, e, F, E), dW2 + tile_dot(dgX2.T, G, PRECISION))
-        tl.debug_barrier()
-    # Through G = eta gZ with gZ = J[p].
-    deta = tl.sum(dG * gZ, 1)
-    U = eta * dG
-    w = tile_J(U, xh, r)
-    dv = -gamma * w
-    dgamma = tl.sum(w * (error + gamma * xh), 0)[None, :]
-    dZ = tile_J(-gamma * dv, xh, r)
-    dZ -= r * (w * tile_mean(p * xh) + gZ * tile_mean(U * xh) + xh * tile_mean(U * gZ))
-    # Through the first forward pass, Z = f(k; W).
-    dk = tile_backward_of_model(dZ, W, dW, k, dk - dv, rows, F, E, b, PRECISION)
-    return dk, dv, deta, dgamma
+def tile_learn(W, new, k, v, eta, rows, gamma, beta, eps, F: constexpr, E: constexpr, PRECISION: constexpr):
+    """The state W after a step goes to `new`, which may be W."""
+    k, v, eta = load_tokens(k, rows, F), load_tokens(v, rows, F), load_tokens(eta, rows, 1)
+    xh, r = tile_normalise(tile_model(W, k, F, E, PRECISION), eps)
+    G = eta * tile_J(gamma * (gamma * xh + beta - (v - k)), xh, r)
+    tl.debug_barrier()
+    for e in tl.range(E // F, disable_licm=True):
+        W1, b1, W2, _ = tile_of(W, e, F, E)
+        new_W1, new_b1, new_W2, _ = tile_of(new, e, F, E)
+        G1 = G
+        if E > F:
+            X2, slope, _ = tile_gelu(affine(W, e, k, F, E, PRECISION))
+            G1 = tile_dot(G, tl.load(W2).T, PRECISION) * slope
+            tl.store(new_W2, tl.load(W2) - tile_dot(X2.T, G, PRECISION))
+        tl.store(new_W1, tl.load(W1) - tile_dot(k.T, G1, PRECISION))
+        tl.store(new_b1, tl.load(b1) - tl.sum(G1, 0)[None, :])
+    if E > F:
+        tl.store(tile_of(new, 0, F, E)[3], tl.load(tile_of(W, 0, F, E)[3]) - tl.sum(G, 0)[None, :])
+    tl.debug_barrier()
 
 
 @jit
-def scan_backward_kernel(dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta, dgamma, dbeta, dstate,
+def scan_kernel(q, k, v, out, eta, gamma, beta, kept, H, L, eps, every,
+                F: constexpr, E: constexpr, b: constexpr, PRECISION: constexpr):
+    """ClosedForm.forward of one (batch, head). kept: W before mini-batches 0, every, 2 every ... and the last
+    W; the first of them is given."""
+    size: constexpr = 2 * E * F + E + F if E > F else F * F + F
+    program = tl.program_id(0).to(tl.int64)                   # batch x H + head
+    own, row, steps = tl.arange(0, b)[:, None], tl.arange(0, F)[None, :], tl.cdiv(L, b)
+    gamma, beta = tl.load(gamma + program % H * F + row), tl.load(beta + program % H * F + row)
+    kept += program * (tl.cdiv(steps, every) + 1) * size
+    for t in tl.range(steps, disable_licm=True):
+        new = kept + (t // every + 1).to(tl.int64) * size
+        old = tl.where(t % every == 0, new - size, new)
+        rows = tl.where(t * b + own < L, program * L + t * b + own, -1)
+        tile_learn(old, new, k, v, eta, rows, gamma, beta, eps, F, E, PRECISION)
+        q_t = load_tokens(q, rows, F)
+        xh, _ = tile_normalise(tile_model(new, q_t, F, E, PRECISION), eps)
+        store_tokens(out, rows, q_t + gamma * xh + beta, F)
+
+
+@jit
+def scan_backward_kernel(q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta, dstate, kept,
                          scratch, H, L, eps, every,
-                         F: tl.constexpr, E: tl.constexpr, b: tl.constexpr, PRECISION: tl.constexpr):
+                         F: constexpr, E: constexpr, b: constexpr, PRECISION: constexpr):
     """ClosedForm.backward of one (batch, head). dstate: gradient on the last state, then on the first."""
-    size: tl.constexpr = 2 * E * F + E + F if E > F else F * F + F
+    size: constexpr = 2 * E * F + E + F if E > F else F * F + F
     program = tl.program_id(0).to(tl.int64)
-    gamma = tl.load(gamma + program % H * F + tl.arange(0, F))[None, :]
-    beta = tl.load(beta + program % H * F + tl.arange(0, F))[None, :]
-    steps = tl.cdiv(L, b)
+    own, row, steps = tl.arange(0, b)[:, None], tl.arange(0, F)[None, :], tl.cdiv(L, b)
+    gamma, beta = tl.load(gamma + program % H * F + row), tl.load(beta + program % H * F + row)
     groups = tl.cdiv(steps, every)
-    kept += program * groups * size
-    dstate += program * size
-    states = scratch + program * ((every + 1) * size + E * b)
-    spare = states + (every + 1) * size
-    sum_gamma, sum_beta = tl.zeros_like(gamma), tl.zeros_like(gamma)
-    group = groups - 1
-    while group >= 0:
-        count = tl.minimum(every, steps - group * every)
-        copy_state(kept + group.to(tl.int64) * size, states, size)
-        i = 0
-        while i < count:                                      # replay
-            token = (group * every + i) * b + tl.arange(0, b)
-            row, there = program * L + token, token < L
-            k_t, v_t = load_tokens(k, row, there, F), load_tokens(v, row, there, F)
-            eta_t = tl.load(eta + row, mask=there, other=0)[:, None]
-            old, new = states + i * size, states + (i + 1) * size
-            learn(old, new, k_t, v_t, eta_t, gamma, beta, eps, F, E, PRECISION)
-            i += 1
-        while i > 0:                                          # and walk back
-            i -= 1
-            token = (group * every + i) * b + tl.arange(0, b)
-            row, there = program * L + token, token < L
-            dout_t, q_t = load_tokens(dout, row, there, F), load_tokens(q, row, there, F)
-            old, new = states + i * size, states + (i + 1) * size
-            xh, r = tile_normalise(model(new, q_t, F, E, PRECISION), eps)
+    kept, dstate = kept + program * (groups + 1) * size, dstate + program * size
+    scratch += program * (every * size + E * b)               # states after each step of a group, and a row:
+    inside = scratch + every * size + own * F + row           # what falls on Z1 but for what comes through dZ
+    dgamma, dbeta = dgamma + program * F + row, dbeta + program * F + row
+    for i in tl.range(groups, disable_licm=True):
+        group = groups - 1 - i
+        first = kept + group.to(tl.int64) * size
+        start, stop = group * every, tl.minimum((group + 1) * every, steps)
+        for t in tl.range(start, stop, disable_licm=True):    # replay
+            rows = tl.where(t * b + own < L, program * L + t * b + own, -1)
+            new = scratch + (t - start) * size
+            old = tl.where(t > start, new - size, first)
+            tile_learn(old, new, k, v, eta, rows, gamma, beta, eps, F, E, PRECISION)
+        for s in tl.range(start, stop, disable_licm=True):    # and walk back
+            t = start + stop - 1 - s
+            rows = tl.where(t * b + own < L, program * L + t * b + own, -1)
+            new = scratch + (t - start) * size
+            old = tl.where(t > start, new - size, first)
+            # Through z = q + LN(f(q; W)), W the new one.
+            dout_t, q_t = load_tokens(dout, rows, F), load_tokens(q, rows, F)
+            xh, r = tile_normalise(tile_model(new, q_t, F, E, PRECISION), eps)
             dZ = tile_J(dout_t * gamma, xh, r)
-            dq_t = tile_backward_of_model(dZ, new, dstate, q_t, dout_t, None, F, E, b, PRECISION)
-            store_tokens(dq, row, there, dq_t, F)
-            sum_gamma += tl.sum(dout_t * xh, 0)[None, :]
-            sum_beta += tl.sum(dout_t, 0)[None, :]        # beta stands beside every output and every -(v - k)
-            k_t, v_t = load_tokens(k, row, there, F), load_tokens(v, row, there, F)
-            eta_t = tl.load(eta + row, mask=there, other=0)[:, None]
-            dk_t, dv_t, deta_t, more = tile_backward_of_step(old, dstate, spare, k_t, v_t, eta_t, gamma, beta,
-                                                             eps, F, E, b, PRECISION)
-            sum_beta -= tl.sum(dv_t, 0)[None, :]
-            store_tokens(dk, row, there, dk_t, F)
-            store_tokens(dv, row, there, dv_t, F)
-            tl.store(deta + row, deta_t, mask=there)
-            sum_gamma += more
-        group -= 1
-    tl.store(dgamma + program * F + tl.arange(0, F)[None, :], sum_gamma)
-    tl.store(dbeta + program * F + tl.arange(0, F)[None, :], sum_beta)
+            dq_t = tile_backward_of_model(new, dstate, q_t, dZ, dout_t, None, F, E, PRECISION)
+            add(dgamma, tl.sum(dout_t * xh, 0)[None, :])
+            add(dbeta, tl.sum(dout_t, 0)[None, :])        # beta stands beside every output and every -(v - k)
+            store_tokens(dq, rows, dq_t, F)
+            # Through the update W' = W - k^T G: every product here reads dW before anything is added to it.
+            k_t, v_t, eta_t = load_tokens(k, rows, F), load_tokens(v, rows, F), load_tokens(eta, rows, 1)
+            xh, r = tile_normalise(tile_model(old, k_t, F, E, PRECISION), eps)
+            error = gamma * xh + beta - (v_t - k_t)
+            p = gamma * error
+            gZ = tile_J(p, xh, r)
+            G = eta_t * gZ
+            dG, dk_t = tl.zeros_like(k_t), tl.zeros_like(k_t)
+            if E > F:
+                dG -= tl.load(tile_of(dstate, 0, F, E)[3])
+            for e in tl.range(E // F, disable_licm=True):
+                dW1, db1, dW2, _ = tile_of(dstate, e, F, E)
+                G1, dW1 = G, tl.load(dW1)
+                dG1 = -tile_dot(k_t, dW1, PRECISION) - tl.load(db1)
+                if E == F:
+                    dG = dG1
+                else:
+                    X2, slope, bend = tile_gelu(affine(old, e, k_t, F, E, PRECISION))
+                    last, W2 = tl.load(dW2), tl.load(tile_of(old, e, F, E)[2])
+                    dG -= tile_dot(X2, last, PRECISION)
+                    gX2 = tile_dot(G, W2.T, PRECISION)
+                    G1, dgX2 = gX2 * slope, dG1 * slope
+                    tl.store(inside + e * b * F, dG1 * gX2 * bend - tile_dot(G, last.T, PRECISION) * slope)
+                    dG += tile_dot(dgX2, W2, PRECISION)
+                    tl.store(dW2, last + tile_dot(dgX2.T, G, PRECISION))
+                dk_t -= tile_dot(G1, dW1.T, PRECISION)
+            tl.debug_barrier()
+            # Through G = eta J[p], p = gamma error.
+            U = eta_t * dG
+            w = tile_J(U, xh, r)
+            dv_t = -gamma * w
+            add(dgamma, tl.sum(w * (error + gamma * xh), 0)[None, :])
+            add(dbeta, -tl.sum(dv_t, 0)[None, :])
+            dZ = tile_J(-gamma * dv_t, xh, r)
+            dZ -= r * (w * tile_mean(p * xh) + gZ * tile_mean(U * xh) + xh * tile_mean(U * gZ))
+            # Through the first forward pass, Z = f(k; W).
+            dk_t = tile_backward_of_model(old, dstate, k_t, dZ, dk_t - dv_t, inside, F, E, PRECISION)
+            store_tokens(dk, rows, dk_t, F)
+            store_tokens(dv, rows, dv_t, F)
+            store_tokens(deta, rows, tl.sum(dG * gZ, 1)[:, None], 1)
 
 
 def launch_options(q, weights, precision):
-    """Four warps own 16 of 64 tokens each. Eight where a tile's operands are of four bytes and would spill,
-    and for TTT-MLP on Hopper, whose wgmma knows what to do with them. One stage, or Triton might fetch a tile
-    of the state before the step that changes it has stored it. ptxas sometimes settles for 128 registers and
-    spills the rest, unless it may have all."""
+    """Four warps own 16 of 64 tokens each; eight where operands of four bytes would spill, and for TTT-MLP on
+    Hopper's wgmma. One stage, or Triton might fetch a tile of the state before the step that changes it has
+    stored it. 255 registers: ptxas sometimes settles for 128 and spills the rest."""
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    many = q.shape[-1] == 64 and (precision in ("tf32", "fp32") or hopper and len(weights) == 4)
+    many = q.shape[-1] == 64 and (precision == "fp32" or hopper and len(weights) == 4)
     return dict(num_warps=8 if many else 4, num_stages=1, maxnreg=255)
 
 
-# 3. One pair of operations for both kernels: what autograd and the compiler see ---------------------------
+# 3. Both kernels to autograd ------------------------------------------------------------------------------
 
-def flat(weights):                                            # [B, H, ...] each -> one state [B, H, size]
-    return torch.cat([w.flatten(2) for w in weights], dim=-1)
+class KernelScan(torch.autograd.Function):
+    """One launch a pass. q, k, v [B, H, L, F]; eta [B, H, L], gamma, beta [H, F], weights [B, H, ...] in fp32
+    -> out, *last weights. how: "cuda", or what Triton rounds operands of products to, "bf16", "fp32"."""
 
+    @staticmethod
+    def forward(ctx, how, b, eps, every, q, k, v, eta, gamma, beta, *weights):
+        (B, H, L, F), E, out = q.shape, weights[1].shape[-1], torch.empty_like(q)
+        groups, ctx.options = -(-L // (b * every)), (how, b, eps, every)
+        tensors = q, k, v, out, eta, gamma, beta
+        if how == "cuda":
+            kept = [eta.new_empty(B * H * groups * numbers) for numbers in (32768, 320)]
+            last = [torch.empty_like(w) for w in weights]
+            launch("ttt_forward", (*tensors, *weights, *last, *kept), every, eps)
+        else:
+            (first, shapes), options = pack(weights, "B H *"), launch_options(q, weights, how)
+            kept = [first.new_empty(B, H, groups + 1, first.shape[-1])]
+            kept[0][:, :, 0] = first
+            scan_kernel[(B * H,)](*tensors, *kept, H, L, eps, every, F, E, b, how, **options)
+            last = [w.clone() for w in unpack(kept[0][:, :, -1], shapes, "B H *")]
+        ctx.save_for_backward(q, k, v, eta, gamma, beta, *kept)
+        return out, *last
 
-def unflat(state, weights):
-    parts = state.split([w[0, 0].numel() for w in weights], dim=-1)
-    return [part.reshape(w.shape).clone() for part, w in zip(parts, weights)]
-
-
-@torch.library.custom_op("ttt_minute::scan", mutates_args=())
-def scan_op(weights: list[Tensor], q: Tensor, k: Tensor, v: Tensor, eta: Tensor, gamma: Tensor, beta: Tensor,
-            b: int, eps: float, every: int, how: str) -> list[Tensor]:
-    """One launch. weights [B, H, ...] fp32, q, k, v [B, H, L, F], eta [B, H, L] fp32, gamma, beta [H, F] fp32
-    -> out, states kept for the backward pass (flat), last weights. `how`: "cuda", or what Triton rounds
-    operands of products to, "bf16", "tf32", "fp32"."""
-    out, kept, *last = scan_shapes(weights, q, k, v, eta, gamma, beta, b, eps, every, how)
-    B, H, L, F = q.shape
-    if how == "cuda":
-        tensors = q, k, v, out, eta, gamma, beta, *weights, *last, *tiles_and_biases(kept)
-        launch(load_kernel().ttt_forward, tensors, q.shape[:3], every, eps)
-        return [out, kept, *last]
-    state = flat(weights)
-    with torch.cuda.device_of(q):
-        scan_kernel[(B * H,)](state, q, k, v, eta, gamma, beta, out, kept, H, L, eps, every, F=F,
-                              E=weights[1].shape[-1], b=b, PRECISION=how, **launch_options(q, weights, how))
-    return [out, kept, *unflat(state, weights)]
-
-
-@scan_op.register_fake
-def scan_shapes(weights, q, k, v, eta, gamma, beta, b, eps, every, how):
-    groups = -(-(-(-q.shape[2] // b)) // every)
-    kept = q.shape[0] * q.shape[1] * groups * sum(math.prod(w.shape[2:]) for w in weights)
-    return [torch.empty_like(q), eta.new_empty(kept), *(torch.empty_like(w) for w in weights)]
-
-
-@torch.library.custom_op("ttt_minute::scan_backward", mutates_args=())
-def scan_backward_op(dout: Tensor, dlast: list[Tensor], kept: Tensor, q: Tensor, k: Tensor, v: Tensor,
-                     eta: Tensor, gamma: Tensor, beta: Tensor, b: int, eps: float, every: int,
-                     how: str) -> list[Tensor]:
-    """One launch -> dq, dk, dv, deta, dgamma, dbeta, the last two [B, H, F], and dW of the first weights."""
-    gradients = scan_backward_shapes(dout, dlast, kept, q, k, v, eta, gamma, beta, b, eps, every, how)
-    dq, dk, dv, deta, dgamma, dbeta, *dW = gradients
-    B, H, L, F = q.shape
-    if how == "cuda":
-        scratch = torch.empty(B * H * every * scratch_bytes(B * H), dtype=torch.uint8, device=q.device)
-        tensors = (q, k, v, dout, dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta, *dlast, *dW,
-                   *tiles_and_biases(kept), scratch)
-        launch(load_kernel().ttt_backward, tensors, q.shape[:3], every, eps)
-        return gradients
-    E, dstate = dlast[1].shape[-1], flat(dlast)
-    scratch = dstate.new_empty(B * H, (every + 1) * dstate.shape[-1] + b * E)
-    with torch.cuda.device_of(q):
-        scan_backward_kernel[(B * H,)](dout, kept, q, k, v, eta, gamma, beta, dq, dk, dv, deta, dgamma, dbeta,
-                                       dstate, scratch, H, L, eps, every, F=F, E=E, b=b, PRECISION=how,
-                                       **launch_options(q, dlast, how))
-    return [dq, dk, dv, deta, dgamma, dbeta, *unflat(dstate, dlast)]
-
-
-@scan_backward_op.register_fake
-def scan_backward_shapes(dout, dlast, kept, q, k, v, eta, gamma, beta, b, eps, every, how):
-    per_video = [eta.new_empty(*q.shape[:2], q.shape[3]) for _ in range(2)]
-    return [*(torch.empty_like(x) for x in (q, k, v, eta)), *per_video, *(torch.empty_like(w) for w in dlast)]
-
-
-def keep_for_backward(ctx, inputs, output):
-    _, *tensors, ctx.b, ctx.eps, ctx.every, ctx.how = inputs
-    ctx.shapes = [w.shape for w in output[2:]]
-    ctx.save_for_backward(output[1], *tensors)
-
-
-def scan_op_backward(ctx, gradients):
-    dout, _, *dlast = gradients
-    kept, q, *tensors = ctx.saved_tensors
-    dout = torch.zeros_like(q) if dout is None else dout.contiguous()
-    dlast = [kept.new_zeros(shape) if dw is None else dw.contiguous() for dw, shape in zip(dlast, ctx.shapes)]
-    options = ctx.b, ctx.eps, ctx.every, ctx.how
-    dq, dk, dv, deta, dgamma, dbeta, *dW = scan_backward_op(dout, dlast, kept, q, *tensors, *options)
-    return dW, dq, dk, dv, deta, dgamma.sum(0), dbeta.sum(0), None, None, None, None
-
-
-scan_op.register_autograd(scan_op_backward, setup_context=keep_for_backward)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, *dW):
+        (how, b, eps, every), (q, k, v, eta, gamma, beta, *kept) = ctx.options, ctx.saved_tensors
+        (B, H, L, F), E, dW = q.shape, dW[1].shape[-1], [dw.contiguous() for dw in dW]
+        dq, dk, dv, deta = (torch.empty_like(x) for x in (q, k, v, eta))
+        dgamma, dbeta = eta.new_zeros(2, B, H, F)
+        tensors = q, k, v, dout.contiguous(), dq, dk, dv, eta, gamma, beta, deta, dgamma, dbeta
+        if how == "cuda":
+            first, tp = [torch.empty_like(dw) for dw in dW], cluster_size(B * H)
+            scratch = q.new_empty(B * H * every * tp * load_kernel().ttt_scratch_bytes(tp), dtype=torch.uint8)
+            launch("ttt_backward", (*tensors, *dW, *first, *kept, scratch), every, eps)
+        else:
+            (state, shapes), options = pack(dW, "B H *"), launch_options(q, dW, how)
+            scratch = state.new_empty(B * H, every * state.shape[-1] + b * E)
+            tensors = *tensors, state, *kept, scratch
+            scan_backward_kernel[(B * H,)](*tensors, H, L, eps, every, F, E, b, how, **options)
+            first = unpack(state, shapes, "B H *")
+        return None, None, None, None, dq, dk, dv, deta, dgamma.sum(0), dbeta.sum(0), *first
 
 
 def scan_by_kernel(how, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint):
-    B, H, L, _ = q.shape
-    tensors = *weights, q, k, v, eta, ln_gamma, ln_beta
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    steps = -(-L // mini_batch)
-    every = min(checkpoint, steps) if backward else steps     # one state is always kept
-    shapes = [w.shape[-rank:] for w, rank in zip(weights, (2, 1, 2, 1))]
-    weights = [w.float().expand(B, H, *shape).contiguous() for w, shape in zip(weights, shapes)]
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    eta, ln_gamma, ln_beta = (x.float().contiguous() for x in (eta, ln_gamma, ln_beta))
-    out, _, *last = scan_op(weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, every, how)
+    every = checkpoint if torch.is_grad_enabled() else q.shape[2]
+    weights = [w.float().expand(len(q), *w.shape[-n:]).contiguous() for w, n in zip(weights, (3, 2, 3, 2))]
+    tokens = [x.to(torch.bfloat16 if how == "cuda" else x.dtype).contiguous() for x in (q, k, v)]
+    others = [x.float().contiguous() for x in (eta, ln_gamma, ln_beta)]
+    with torch.cuda.device_of(q):                             # in its backward pass autograd sees to that
+        out, *last = KernelScan.apply(how, mini_batch, eps, every, *tokens, *others, *weights)
     return out, tuple(last)
 
 
@@ -637,43 +483,23 @@ def scan_by_kernel(how, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, ep
 
 NVCC_FLAGS = """-std=c++20 -O3 -DNDEBUG -DKITTENS_HOPPER --use_fast_math --expt-relaxed-constexpr
     --expt-extended-lambda -gencode arch=compute_90a,code=sm_90a -diag-suppress 3189 -shared -cudart static
-    -Xptxas=-v,--warn-on-spills -Xlinker -z,defs
     -Xcompiler=-fPIC,-fno-strict-aliasing,-Wno-psabi,-fvisibility=hidden""".split()
-THUNDERKITTENS = ("git clone https://github.com/HazyResearch/ThunderKittens && git -C ThunderKittens checkout"
-                  " 0b55588d && export THUNDERKITTENS_ROOT=$PWD/ThunderKittens")
-
-
-def build_kernel(source=Path(__file__).parents[1] / "ttt_kernel.cu"):
-    """The shared object of the kernel, compiled unless this source was before; beside it, as .log, what nvcc
-    said. Raises UserError where nvcc or ThunderKittens' headers are missing or the build fails."""
-    nvcc, headers = shutil.which("nvcc"), Path(os.environ.get("THUNDERKITTENS_ROOT", "")) / "include"
-    if not nvcc or not (headers / "kittens.cuh").exists():
-        raise UserError(f"the CUDA kernel needs nvcc 12.8 or newer and ThunderKittens: {THUNDERKITTENS}")
-    key = "\n".join([source.read_text(), str(headers), nvcc, *NVCC_FLAGS])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_minute"
-    library = cache / f"ttt_kernel-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        with atomic(library) as temporary:    # several processes may build at once: each renames a whole file
-            command = [nvcc, *NVCC_FLAGS, f"-I{headers}", source, "-o", temporary]
-            build, log = subprocess.run(command, capture_output=True, text=True), library.with_suffix(".log")
-            log.write_text(build.stdout + build.stderr)
-            if build.returncode:
-                raise UserError(f"nvcc could not build {source.name}; what it said is in {log}")
-    return library
 
 
 @functools.cache
-def load_kernel():
-    library = ctypes.CDLL(str(build_kernel()))
-    for function, pointers in (library.ttt_forward, 17), (library.ttt_backward, 24):
-        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * 4
-        function.argtypes += [ctypes.c_float, ctypes.c_int, ctypes.c_void_p]
-    return library
-
-
-def tiles_and_biases(kept):                                   # of states kept, in the kernel's own order
-    states = len(kept) // 33088
-    return kept.split([32768 * states, 320 * states])
+def load_kernel(source=Path(__file__).parents[1] / "ttt_kernel.cu"):
+    """The functions of the .cu, compiled unless this source was before; UserError where that fails."""
+    nvcc, root = shutil.which("nvcc"), os.environ.get("THUNDERKITTENS_ROOT")
+    if not nvcc or not root:
+        raise UserError("ttt_kernel.cu needs nvcc 12.8 or newer on PATH and ThunderKittens (README, Kernels)")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_minute"
+    library = cache / f"ttt_kernel-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    if not library.exists():
+        with atomic(library) as temporary:    # several processes may build at once: each renames a whole file
+            command = [nvcc, *NVCC_FLAGS, f"-I{root}/include", source, "-o", temporary]
+            if subprocess.run(command).returncode:
+                raise UserError(f"nvcc could not build {source.name}, for the reasons above")
+    return ctypes.CDLL(str(library))
 
 
 def cluster_size(heads):
@@ -681,88 +507,54 @@ def cluster_size(heads):
     return 4 if 4 * heads <= 128 else 2
 
 
-def scratch_bytes(heads):
-    """What the backward pass keeps of a head and mini-batch: X2, G1, G2 in bf16; xh, r, biases in fp32."""
-    tp = cluster_size(heads)
-    return tp * (-(-(16384 * 4 // tp + 8192 + 16384 + 1024 + 256 * (4 // tp + 1)) // 128) * 128)
-
-
-def launch(function, tensors, shape, every, eps):
+def launch(name, tensors, every, eps):
     """Puts a kernel on the current stream of the tensors' device. Nothing waits for it."""
-    device = tensors[0].device
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        options = *shape, every, eps, cluster_size(shape[0] * shape[1]), stream
-        error = function(*[x.data_ptr() for x in tensors], *options)
-    if error:
-        raise RuntimeError(f"ttt_kernel.cu: launching on {device} failed with CUDA error {error}")
+    (B, H, L, _), stream = tensors[0].shape, torch.cuda.current_stream(tensors[0].device).cuda_stream
+    arguments = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    arguments += B, H, L, every, ctypes.c_float(eps), cluster_size(B * H), ctypes.c_void_p(stream)
+    assert not (error := load_kernel()[name](*arguments)), f"{name} of ttt_kernel.cu: CUDA error {error}"
 
 
 # 5. Which backend takes a scan ----------------------------------------------------------------------------
 
+@torch.compiler.disable
 def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint):
     """ttt_scan with the backends of this file. Raises ValueError where the one asked for cannot take it."""
-    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
-    half = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
-    precision = "tf32" if half == "fp32" and torch.get_float32_matmul_precision() != "highest" else half
-    refusals = dict(torch=None, triton=triton_cannot(kind, q.device, q.shape[-1], mini_batch, precision),
-                    cuda=cuda_cannot(kind, q.device, q.shape[-1], mini_batch, precision))
+    device, F, b = q.device, q.shape[-1], mini_batch
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else q.dtype
+    precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
+    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    fits = {"torch": True, "cuda": chip == (9, 0) and (kind, F, b, precision) == ("mlp", 64, 64, "bf16"),
+            "triton": triton and (chip >= (8, 0) or EMULATED) and F in (32, 64) and b in (16, 32, 64)
+                      and precision in ("bf16", "fp32")}
+    case = kind, F, b, precision, device
     if backend == "auto":
-        fits = q.is_cuda and not refusals["triton"]
-        trusted = fits and agrees(scan_in_torch, kind, q.shape[-1], mini_batch, precision, q.device)
-        backend = "triton" if trusted else "torch"
-    if backend not in refusals:
-        raise ValueError(f'no backend "{backend}"; there are autograd, dual, primal, torch, triton, cuda')
-    if refusals[backend]:
-        raise ValueError(f'backend "{backend}" {refusals[backend]}; "torch" takes everything')
-    if backend == "cuda":
-        precision, (q, k, v) = "cuda", (x.to(torch.bfloat16) for x in (q, k, v))
+        backend = "triton" if q.is_cuda and fits["triton"] and agrees(scan_in_torch, *case) else "torch"
+    if not fits.get(backend):
+        there, case = __doc__.split("\n\n")[1], ", ".join(map(str, case))
+        raise ValueError(f'no backend "{backend}" for {case}; besides autograd, dual, primal:\n{there}')
     arguments = weights, q, k, v, eta, ln_gamma, ln_beta, mini_batch, eps, checkpoint
     if backend == "torch":
-        return scan_in_torch(functools.partial(closed_form, CLOSED[kind]), kind, *arguments)
-    return scan_by_kernel(precision, *arguments)
-
-
-def triton_cannot(kind, device, F, b, precision):
-    """Why Triton cannot take a scan, in words that follow its name; None where it can."""
-    if triton is None:
-        return "needs the package triton, which Linux alone has"
-    if F not in (32, 64) or b not in (16, 32, 64) or precision not in ("bf16", "tf32", "fp32"):
-        return f"takes heads of 32 or 64, mini-batches of 16, 32, 64, bf16 or fp32, not {F}, {b}, {precision}"
-    if not EMULATED and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "needs an NVIDIA GPU, Ampere or newer (on a CPU its interpreter: TRITON_INTERPRET=1)"
-
-
-def cuda_cannot(kind, device, F, b, precision):
-    if (kind, F, b, precision) != ("mlp", 64, 64, "bf16"):
-        return f"takes mlp with heads and mini-batches of 64 in bf16, not {kind}, {F}, {b}, {precision}"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return "needs a Hopper GPU (H100, H200)"
+        return scan_in_torch(closed_form, kind, *arguments)
+    return scan_by_kernel("cuda" if backend == "cuda" else precision, *arguments)
 
 
 @functools.cache
-@torch.inference_mode(False)
-@torch.enable_grad()
+@torch.inference_mode(False)                                  # which turns gradients on
 def agrees(scan_in_torch, kind, F, b, precision, device):
     """Whether Triton's output and gradients are those of "torch", in a small scan here; says if not."""
-    L, generator, results = 2 * b + 5, torch.Generator().manual_seed(0), []
-    W = [(F, F), (F,)] if kind == "linear" else [(F, 4 * F), (4 * F,), (4 * F, F), (F,)]
-    shapes = *((2, *w) for w in W), *[(1, 2, L, F)] * 3, (1, 2, L), (2, F), (2, F)
-    inputs = [0.1 * torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    W = dict(linear=[(2, F, F), (2, F)], mlp=[(2, F, 4 * F), (2, 4 * F), (2, 4 * F, F), (2, F)])[kind]
+    tokens, generator, found = (1, 2, 2 * b + 5), torch.Generator().manual_seed(0), []
+    shapes = *W, *[(*tokens, F)] * 3, tokens, (2, F), (2, F)
+    inputs = [(torch.randn(s, generator=generator) / 10).to(device).requires_grad_() for s in shapes]
     try:
-        with torch.autocast(device.type, enabled=False):
-            for how in "torch", precision:
-                *weights, q, k, v, eta, gamma, beta = leaves = [x.clone().requires_grad_() for x in inputs]
-                arguments = weights, q, k, v, eta, gamma, beta, b, 1e-8, 2
-                out, last = (scan("torch", scan_in_torch, kind, *arguments) if how == "torch"
-                             else scan_by_kernel(how, *arguments))
-                loss = sum((y * y).sum() for y in (out, *last))
-                results.append([out, *last, *torch.autograd.grad(loss, leaves)])
-        worst = max(((got - wanted).norm() / wanted.norm()).item() for wanted, got in zip(*results))
-        limit = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}[precision]
-        complaint = None if worst <= limit else f"is off by {worst:.2g} here"
+        for scan, *first in (scan_by_kernel, precision), (scan_in_torch, closed_form, kind):
+            out, last = scan(*first, inputs[:len(W)], *inputs[len(W):], b, 1e-8, 2)
+            loss = sum((y * y).sum() for y in (out, *last))
+            found.append([out, *last, *torch.autograd.grad(loss, inputs)])
+        worst = max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(*found))
+        assert worst <= {"fp32": 1e-3, "bf16": 1e-1}[precision], f"it is off by {worst:.2g}"
+        return True
     except Exception as error:                                # whatever a compiler or a driver may say
-        complaint = f"does not run here ({type(error).__name__}: {error})"
-    if complaint:
-        print(f'ttt_scan: backend "triton" {complaint}; taking "torch"', file=sys.stderr)
-    return not complaint
+        say(f'ttt_scan: backend "triton" does not do here, {error!r}; taking "torch"')
+        return False

@@ -20,18 +20,14 @@ from einops import rearrange
 
 
 class SlidingWindow(nn.Module):
-    """Attention to the last `config.window` tokens in scan order, itself included, with CogVideoX's norms of
-    q and k.
-
-    Queries come in blocks of a window: each sees its own block and the one before, so memory is linear in L.
-    """
+    """Attention to the last `config.window` tokens in scan order, itself included. Queries come in blocks of
+    a window: each sees its own block and the one before, so memory is linear in L."""
 
     def __init__(self, config):
         super().__init__()
         self.window, self.heads = config.window, config.heads
         self.qkv = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in "qkv")
-        self.norm_q = nn.LayerNorm(config.head_width, eps=1e-6)
-        self.norm_k = nn.LayerNorm(config.head_width, eps=1e-6)
+        self.norm_q, self.norm_k = (nn.LayerNorm(config.head_width, eps=1e-6) for _ in "qk")
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x, layout):
@@ -44,23 +40,22 @@ class SlidingWindow(nn.Module):
         return window_attention(layout.turn(q), layout.turn(k), v, self.window)
 
 
+def in_chunks(x, chunk):
+    """[B, H, L, ...] -> [m, B, H, chunk, ...], zeros behind the end."""
+    after = (0, 0) * (x.ndim - 3) + (0, -x.shape[2] % chunk)
+    return nnf.pad(x, after).unflatten(2, (-1, chunk)).movedim(2, 0)
+
+
 def window_attention(q, k, v, window):
     """Causal attention in which a token sees itself and the window - 1 before it: [B, H, L, F], each."""
     B, L = q.shape[0], q.shape[2]
-    q, k, v = (nnf.pad(y, (0, 0, 0, -L % window)) for y in (q, k, v))
-    q, k, v = (rearrange(y, "B H (m w) F -> m B H w F", w=window) for y in (q, k, v))
+    q, k, v = (in_chunks(y, window) for y in (q, k, v))                     # [m, B, H, w, F]
     first = nnf.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True)
     i = torch.arange(window, device=q.device)
     band = torch.cat([i[None] > i[:, None], i[None] <= i[:, None]], dim=1)  # block before, own: [w, 2w]
     k, v = (torch.cat([y[:-1], y[1:]], dim=3).flatten(0, 1) for y in (k, v))      # [(m-1) B, H, 2w, F]
     rest = nnf.scaled_dot_product_attention(q[1:].flatten(0, 1), k, v, attn_mask=band)
     return rearrange(torch.cat([first, rest]), "(m B) H w F -> B H (m w) F", B=B)[:, :, :L]
-
-
-def in_chunks(x, chunk):
-    """[B, H, L, ...] -> [m, B, H, chunk, ...], zeros behind the end."""
-    after = (0, 0) * (x.ndim - 3) + (0, -x.shape[2] % chunk)
-    return nnf.pad(x, after).unflatten(2, (-1, chunk)).movedim(2, 0)
 
 
 def decays_within(g):
@@ -78,15 +73,13 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
 
     With u_t = beta_t (v_t - k_t^T e^(g_t) S_{t-1}), what a token writes, S_t = e^(G_t) S_0 + sum_{i<=t}
     e^(G_t - G_i) k_i u_i^T inside a chunk. So the u solve a triangular system, (I + A) U = beta (V - e^G K
-    S_0), A_ti = beta_t e^(G_t - G_i) k_t.k_i for i < t, of which all but S_0 is known for all chunks at once.
-    """
+    S_0), A_ti = beta_t e^(G_t - G_i) k_t.k_i for i < t; all but S_0 is known for all chunks at once."""
     L, dtype = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     q, k, v, g, beta = (in_chunks(x.to(dtype), chunk) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
     G, decay = decays_within(g)                                             # [m, B, H, C], [m, B, H, C, C]
-    A = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
-    grown = G.exp()[..., None]                                              # e^(G_t)
-    known = torch.cat([beta[..., None] * v, beta[..., None] * grown * k], dim=-1)
-    system = A + torch.eye(chunk, dtype=dtype, device=q.device)
+    grown, beta = G.exp()[..., None], beta[..., None]                       # e^(G_t)
+    system = (beta * (k @ k.mT) * decay).tril(-1) + torch.eye(chunk, dtype=dtype, device=q.device)
+    known = torch.cat([beta * v, beta * grown * k], dim=-1)
     solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     U, UK = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     scores, q, k = (q @ k.mT) * decay, q * grown, k * (G[..., -1:] - G).exp()[..., None]
@@ -101,34 +94,28 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64):
 def ssd(x, dt, A, Bm, Cm, chunk=64):
     """Mamba 2's recurrence (Dao & Gu, 2405.21060) in chunks, in fp32 (float64 for float64), without the skip.
 
-    x [B, H, L, P]; dt [B, H, L] after softplus; A [H], negative; Bm, Cm [B, G, L, N], each group serving H /
-    G heads. Returns out [B, H, L, P] and the last state [B, H, P, N].
-    """
-    groups, L, dtype = Bm.shape[1], x.shape[2], torch.promote_types(x.dtype, torch.float32)
+    x [B, H, L, P]; dt [B, H, L] after softplus; A [H], negative; Bm, Cm [B, 1, L, N], which serve all heads.
+    Returns out [B, H, L, P] and the last state [B, H, P, N]."""
+    L, dtype = x.shape[2], torch.promote_types(x.dtype, torch.float32)
     x, dt, Bm, Cm = (in_chunks(y.to(dtype), chunk) for y in (x, dt, Bm, Cm))
-    x, dt, Bm, Cm = (y.unflatten(2, (groups, -1)) for y in (x, dt, Bm, Cm))   # [m, B, groups, heads, C, ...]
-    G, decay = decays_within(dt * A.unflatten(0, (groups, -1))[..., None])
+    G, decay = decays_within(dt * A[:, None])
     x = dt[..., None] * x
     within = ((Cm @ Bm.mT) * decay) @ x                                     # what a chunk tells itself
     grown, x = G.exp()[..., None], x * (G[..., -1:] - G).exp()[..., None]
-    S, out = torch.zeros(*x.shape[1:4], x.shape[-1], Bm.shape[-1], dtype=dtype, device=x.device), []
+    S, out = torch.zeros(*x.shape[1:3], x.shape[-1], Bm.shape[-1], dtype=dtype, device=x.device), []
     for x_m, B_m, C_m, within_m, grown_m in zip(x, Bm, Cm, within, grown):
         out.append(within_m + grown_m * (C_m @ S.mT))
         S = grown_m[..., -1:, :] * S + x_m.mT @ B_m
-    return rearrange(torch.stack(out), "m B G h C P -> B (G h) (m C) P")[:, :, :L], S.flatten(1, 2)
+    return rearrange(torch.stack(out), "m B H C P -> B H (m C) P")[:, :, :L], S
 
 
-def short_convolution(x, weight, bias=None):
-    """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], weight [H, F, 4], bias [H,
-    F] -> [B, H, L, F]."""
-    H, L = x.shape[1:3]
-    weight, bias = weight.flatten(0, 1)[:, None], None if bias is None else bias.flatten()
+def short_convolution(x, filters):
+    """Each channel sees itself in the last four tokens, then SiLU: x [B, H, L, F], filters [H, F, 4], or with
+    a bias behind [H, F, 5] -> [B, H, L, F]."""
+    (H, L), filters = x.shape[1:3], filters.flatten(0, 1)
+    weight, bias = filters[:, None, :4], filters[:, 4] if filters.shape[1] == 5 else None
     y = nnf.conv1d(rearrange(x, "B H L F -> B (H F) L"), weight, bias, padding=3, groups=len(weight))
     return rearrange(nnf.silu(y[..., :L]), "B (H F) L -> B H L F", H=H)
-
-
-def rms_norm(x, weight, eps=1e-5):
-    return nnf.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
 def decay_rates(heads):
@@ -159,18 +146,18 @@ class Mamba2(nn.Module):
     def forward(self, x, layout):
         z, u, BC, dt = self.in_proj(x).split(self.widths, dim=-1)
         u = rearrange(u, "B L (H P) -> B H L P", H=self.heads)
-        tokens = u, BC[:, None], rearrange(dt, "B L H -> B H L")
-        weight_u, weight_BC = self.conv.weight[:, 0].split(self.widths[1:3])
-        bias_u, bias_BC = self.conv.bias.split(self.widths[1:3])
-        own = [y.unflatten(0, (self.heads, -1)) for y in (weight_u, bias_u)]
-        shared = weight_BC[None], bias_BC[None]                             # B and C serve all heads
-        y = self.mix(layout, tokens, (*own, *shared, self.A_log, self.dt_bias, self.D))
+        tokens = u, BC[:, None], rearrange(dt, "B L H -> B H L")            # B and C serve all heads
+        filters = torch.cat([self.conv.weight[:, 0], self.conv.bias[:, None]], dim=1)
+        own, shared = filters.split(self.widths[1:3])
+        filters = own.unflatten(0, (self.heads, -1)), shared[None]
+        y = self.mix(layout, tokens, (*filters, self.A_log, self.dt_bias, self.D))
         y = rearrange(y, "B H L P -> B L (H P)")
-        return self.out(rms_norm(y * nnf.silu(z.float()), self.norm).to(x.dtype))
+        y = nnf.rms_norm(y * nnf.silu(z.float()), [self.inner], self.norm.to(y.dtype), 1e-5)
+        return self.out(y.to(x.dtype))
 
     def mix(self, layout, tokens, parameters):
-        (u, BC, dt), (weight_u, bias_u, weight_BC, bias_BC, A_log, dt_bias, D) = tokens, parameters
-        u, BC = short_convolution(u, weight_u, bias_u), short_convolution(BC, weight_BC, bias_BC)
+        (u, BC, dt), (own, shared, A_log, dt_bias, D) = tokens, parameters
+        u, BC = short_convolution(u, own), short_convolution(BC, shared)
         dt = nnf.softplus(dt.float() + dt_bias[:, None])
         with torch.autocast(u.device.type, enabled=False):
             y, _ = ssd(u, dt, -A_log.float().exp(), *BC.chunk(2, dim=-1))
@@ -199,10 +186,11 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x, layout):
         y = rearrange(self.by_head(self.qkv(x)), "B L H F -> B H L F")
-        weight = rearrange(self.by_head(self.conv.weight[:, 0].T), "t H F -> H F t")
+        filters = rearrange(self.by_head(self.conv.weight[:, 0].T), "t H F -> H F t")
         decay, write = rearrange(self.rates(x).float(), "B L (two H) -> two B H L", two=2)
-        y = self.mix(layout, (y, decay, write), (weight, self.A_log, self.dt_bias))
-        y = rearrange(rms_norm(y, self.norm), "B H L V -> B L (H V)") * nnf.silu(self.gate(x).float())
+        y = self.mix(layout, (y, decay, write), (filters, self.A_log, self.dt_bias))
+        y = nnf.rms_norm(y, y.shape[-1:], self.norm.to(y.dtype), 1e-5)
+        y = rearrange(y, "B H L V -> B L (H V)") * nnf.silu(self.gate(x).float())
         return self.out(y.to(x.dtype))
 
     def by_head(self, y):                               # channels [..., q k v] -> [..., H, q k v of one head]
@@ -210,8 +198,8 @@ class GatedDeltaNet(nn.Module):
         return torch.cat([rearrange(part, "... (H F) -> ... H F", H=self.heads) for part in parts], dim=-1)
 
     def mix(self, layout, tokens, parameters):
-        (y, decay, write), (weight, A_log, dt_bias) = tokens, parameters
-        q, k, v = short_convolution(y, weight).split([width // self.heads for width in self.widths], dim=-1)
+        (y, decay, write), (filters, A_log, dt_bias) = tokens, parameters
+        q, k, v = short_convolution(y, filters).split([width // self.heads for width in self.widths], dim=-1)
         q, k = (y * torch.rsqrt(y.float().square().sum(-1, keepdim=True) + 1e-6) for y in (q, k))
         g = -A_log.float().exp()[:, None] * nnf.softplus(decay + dt_bias[:, None])
         with torch.autocast(y.device.type, enabled=False):
