@@ -919,7 +919,7 @@ def test_recomputing_and_compiling_change_nothing_but_time_and_memory(flag, trai
 def test_a_stage_never_starts_over_a_trained_one_or_another_run(trained, world, tmp_path, capsys):
     flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL, "--eta_mlp", 11]
     start = "--init_from", trained / "pocket-local/pretrain/model.safetensors"
-    lock = ttt_minute.hold(tmp_path / "pocket-ttt_mlp/3s")
+    lock = dataset.hold(tmp_path / "pocket-ttt_mlp/3s")
     refused(capsys, "another run", ttt_minute, *flags, *start)
     lock.close()
     assert run(ttt_minute, *flags, *start) == 0
