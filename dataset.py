@@ -124,6 +124,20 @@ def atomic(path):
         partial.unlink(missing_ok=True)
 
 
+def hold(folder):
+    """A lock beside a stage's folder, lest two runs write into it. UserError if another run holds it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock").open("w")
+    try:
+        import fcntl                                          # not on Windows
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is at work here") from None
+    return lock
+
+
 # 2. Storyboards (3.2) ---------------------------------------------------------------------------------------
 
 START, END = "<start_scene>", "<end_scene>"
@@ -931,7 +945,8 @@ def plot(path, **labels):
 
 def plot_loss(folder):
     """loss.png from a stage's log.jsonl."""
-    loss = np.array([json.loads(line)["loss"] for line in (folder / "log.jsonl").open()])
+    lines = map(json.loads, (folder / "log.jsonl").open())
+    loss = np.array(list({line["step"]: line["loss"] for line in lines}.values()))      # steps taken again: the last
     window = max(1, len(loss) // 20)
     mean = np.convolve(loss, np.ones(window) / window, mode="valid")
     labels = dict(xlabel="step", ylabel="loss (mean squared error of v)", ylim=(0, None))

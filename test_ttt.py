@@ -809,7 +809,7 @@ def test_the_essay_alone_trains_and_samples_and_the_length_of_a_segment_has_one_
 def test_a_stage_never_starts_over_a_trained_one_or_another_run(trained, world, tmp_path, capsys):
     flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL, "--eta_mlp", 11]
     start = "--init_from", trained / "pocket-local/pretrain/model.safetensors"
-    lock = ttt_minute.hold(tmp_path / "pocket-ttt_mlp/3s")
+    lock = dataset.hold(tmp_path / "pocket-ttt_mlp/3s")
     refused(capsys, "another run", ttt_minute, *flags, *start)
     lock.close()
     assert run(ttt_minute, *flags, *start) == 0

@@ -929,7 +929,8 @@ def train(model, name, stage, runs, folder, save_every, device, context=1):
     optimizer = make_optimizer(model, stage, config)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     first = load_state(folder, model, optimizer)
-    log = open_log(folder, first) if rank == 0 else None
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / "log.jsonl").open("a") if rank == 0 else None
     tokens = stage.batch * Layout(stage.segments, config.text_len, config.grid(stage.segments)).tokens
     asked = []                                                              # to stop, by Ctrl-C or SIGTERM
     stops = signal.SIGINT, signal.SIGTERM
@@ -980,17 +981,10 @@ def train(model, name, stage, runs, folder, save_every, device, context=1):
     save_checkpoint(model, folder / "model.safetensors", **facts)
 
 
-def open_log(folder, first):        # a stage's log.jsonl, without the steps that will be taken again
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
-    with dataset.atomic(path) as temporary:
-        temporary.write_text("".join(lines))
-    return path.open("a")
-
-
 # 11. The command line: every field of Config is a flag ----------------------------------------------------
 
 def parse_arguments(words=None):
+    """The flags, and with them config: PRESETS[preset] with the fields of Config that were given."""
     parser = argparse.ArgumentParser(description="Trains TTT video models in stages.", allow_abbrev=False)
     add, count = parser.add_argument, dataset.positive
     add("--stage", choices=STAGES, default="9s", help="train up to this stage (default 9s)")
@@ -1010,50 +1004,52 @@ def parse_arguments(words=None):
     add("--overwrite", action="store_true", help="train the stage again")
     add("--dry_run", action="store_true", help="print stages, tokens, parameters and steps, and stop")
     group = parser.add_argument_group("fields of Config, in brackets pocket's values")
+    types = {int: count, float: dataset.finite, str: str, "seed": dataset.seed_number,
+             "head_width": dataset.whole_number(16, step=16)}
     for field in dataclasses.fields(Config):
-        number = dict(seed=dataset.seed_number, head_width=dataset.whole_number(16, step=16))
-        usual = {int: count, float: dataset.finite, str: str}.get(field.type)
-        kind = dict(type=number.get(field.name, usual))
+        kind = dict(type=types.get(field.name) or types.get(field.type))
         kind["choices"] = dict(preset=PRESETS, layer=LAYERS).get(field.name)
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else kind
         group.add_argument(f"--{field.name}", help=f"({field.default})", **kind)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    args.config = Config(**{**PRESETS[given.get("preset", "pocket")], **given})
+    return args
 
 
 def pick_device(name=None):
-    """The device asked for, or the first of these that there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(kind for kind in there if there[kind])
-    if not there.get(name.split(":")[0]):
-        raise UserError(f"--device {name}: this machine has {', '.join(filter(there.get, there))}")
-    return torch.device(name)
-
-
-def config_from(args):
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return Config(**{**PRESETS[given.get("preset", "pocket")], **given})
+    """The device asked for, or the first of cuda, mps and cpu that there is."""
+    first = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with dataset.reading(f"--device {name}"):
+        return torch.zeros(0, device=name or first).device
 
 
 def as_started(args, folder):
-    """The flags that a run was started with (run.json). UserError where one now given has changed."""
+    """With --resume the flags that the run was started with (run.json). UserError where one now given has
+    changed, where nothing is to resume, or where something is and nobody said so."""
+    interrupted = (folder / "run.json").exists() and not (folder / "model.safetensors").exists()
+    if args.resume != interrupted and not args.overwrite and not args.dry_run:
+        raise UserError(f"{folder}: an interrupted run; --resume goes on with it, --overwrite starts again"
+                        if interrupted else f"--resume: nothing to resume in {folder}")
+    if not (args.resume and interrupted):
+        return args
     free = "device checkpoint_every context_parallel shard vae vae_scale resume overwrite dry_run".split()
     with dataset.reading(folder / "run.json"):
         started = parse_arguments(json.loads((folder / "run.json").read_text()))
-    before = vars(started) | dataclasses.asdict(config_from(started))
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in free}
-    if wrong := difference(before, given, given):
+    before = vars(started) | dataclasses.asdict(started.config)
+    names = [name for name, value in vars(args).items() if value is not None and name not in (*free, "config")]
+    if wrong := difference(before, vars(args), names):
         raise UserError(f"--resume: the run was started with {wrong}; leave that out, or --overwrite it all")
     return argparse.Namespace(**vars(started) | {name: getattr(args, name) for name in free})
 
 
-def find_start(args, config, chain):
+def find_start(args, chain):
     """The weights to start from, and the stages of the chain to train: those after the last trained one."""
-    own = run_folder(args.out_dir, config, args.stage) / "model.safetensors"
+    config, own = args.config, run_folder(args.out_dir, args.config, args.stage) / "model.safetensors"
     if own.exists() and not args.overwrite:
-        now = dataclasses.asdict(config)
-        given = [name for name in now if getattr(args, name) is not None]
-        if wrong := difference(read_facts(own)["config"], now, given) or args.init_from:
+        given = [field.name for field in dataclasses.fields(Config) if getattr(args, field.name) is not None]
+        if wrong := difference(read_facts(own)["config"], vars(args), given) or args.init_from:
             raise UserError(f"{own.parent} is already trained (with {wrong}); --overwrite trains it again")
         return own, []
     if args.init_from:
@@ -1105,20 +1101,6 @@ def open_runs(data, segments, config, start):
     return runs
 
 
-def hold(folder):
-    """A lock beside a stage's folder, lest two runs write into it. UserError if another run holds it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_suffix(".lock").open("w")
-    try:
-        import fcntl                                          # not on Windows
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is at work here") from None
-    return lock
-
-
 def show(model, folder, segments, runs, codec, text_encoder):
     """The sample that ends a stage: of an unseen story of the pocket world, else of the first in the data."""
     if codec is None:
@@ -1136,28 +1118,21 @@ def show(model, folder, segments, runs, codec, text_encoder):
 
 def main():
     args = parse_arguments()
-    stages = PRESET_STAGES[config_from(args).preset]
-    if args.stage not in stages:
-        raise UserError(f"--stage {args.stage}: there are {', '.join(stages)}")
-    chain = list(stages)[:list(stages).index(args.stage) + 1]
-    folders = {name: run_folder(args.out_dir, config_from(args), name) for name in chain}
-    folder = folders[args.stage]
-    untrained = [own for own in folders.values() if not (own / "model.safetensors").exists()]
-    interrupted = any(map(whole_states, untrained)) and (folder / "run.json").exists()
-    if args.resume and not interrupted:
-        raise UserError(f"--resume: nothing to resume in {folder}")
-    if interrupted and not (args.resume or args.overwrite or args.dry_run):
-        raise UserError(f"{folder}: an interrupted run; --resume goes on with it, --overwrite starts again")
-    args = as_started(args, folder) if args.resume else args
-    config = config_from(args)
+    folder = run_folder(args.out_dir, args.config, args.stage)
+    args = as_started(args, folder)
+    config, preset = args.config, PRESET_STAGES[args.config.preset]
+    if args.stage not in preset:
+        raise UserError(f"--stage {args.stage}: there are {', '.join(preset)}")
     changes = {field: value for field, value in (("steps", args.steps), ("batch", args.batch_size)) if value}
-    stages = {name: dataclasses.replace(stage, **changes) for name, stage in stages.items()}
-    start, todo = find_start(args, config, chain)
+    stages = {name: dataclasses.replace(stage, **changes) for name, stage in preset.items()}
+    chain = list(stages)[:list(stages).index(args.stage) + 1]
+    start, todo = find_start(args, chain)
     if args.dry_run:
         return print_plan(config, stages, todo or chain, start)
-    if config.preset == "5b" and (not start or len(todo) > 1 or not args.data):
-        raise UserError(f"preset 5b needs --data DIR, made by dataset.py --ingest, and for stage {args.stage}"
-                        " the stage before it or --init_from PATH, a checkpoint or CogVideoX's folder")
+    if not todo:
+        return print(f"stage {args.stage} is already trained ({folder}); --overwrite trains it again")
+    if config.preset == "5b" and not start:
+        raise UserError("preset 5b starts from --init_from PATH: CogVideoX's folder, or a checkpoint")
 
     device, context = pick_device(args.device), args.context_parallel
     place = lambda make: make().to(device)                    # a network; devices.join has one for many GPUs
@@ -1166,15 +1141,21 @@ def main():
         device, place = devices.join(device, [stages[name].batch for name in todo], context, args.shard)
     local = dataclasses.replace(config, layer="local")
     configs = {name: local if name == "pretrain" else config for name in todo}
-    model = place(lambda: new_model(start, configs[todo[0]]) if todo else load_checkpoint(start))
-    data, segments = args.data or args.out_dir / "pocket-world", stages[args.stage].segments
+    model = place(lambda: new_model(start, configs[todo[0]]))
     # What the user named is looked at before any work.
-    sizes, pocket = "channels height width text_len text_dim".split(), dataclasses.asdict(Config())
-    if not args.data and (wrong := difference(pocket, dataclasses.asdict(config), sizes)):
+    data, pocket = args.data or args.out_dir / "pocket-world", True
+    if args.data:
+        runs = open_runs(data, stages[args.stage].segments, model.config, start)
+        pocket = runs.encoders["codec"].startswith("pocket")
+    elif wrong := difference(dataclasses.asdict(Config()), dataclasses.asdict(config), SIZES[1:6]):
         raise UserError(f"the pocket world has {wrong}; other sizes need --data")
-    runs = open_runs(data, segments, model.config, start) if args.data else None
-    if is_first() and todo:
-        args.lock = hold(folder)                              # until this process ends
+    codec = text_encoder = None
+    if pocket:
+        codec, text_encoder = dataset.open_encoders(text_len=config.text_len)
+    elif args.vae:
+        codec, _ = dataset.open_encoders(args.vae, vae_scale=args.vae_scale, device=device)
+    if is_first():
+        args.lock = dataset.hold(folder)                      # until this process ends
         if args.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -1186,25 +1167,16 @@ def main():
     if dist.is_initialized():
         dist.barrier()
 
-    runs = runs or (open_runs(data, segments, model.config, start) if todo else None)
-    encoders = runs.encoders if runs else read_facts(start)["encoders"]
-    codec = text_encoder = None
-    if encoders["codec"].startswith("pocket"):
-        codec, text_encoder = dataset.open_encoders(text_len=config.text_len)
-    elif args.vae:
-        codec, _ = dataset.open_encoders(args.vae, vae_scale=args.vae_scale, device=device)
     for name in todo:
+        own, segments = run_folder(args.out_dir, config, name), stages[name].segments
         if model.config.layer != configs[name].layer:
             model = place(lambda: new_model(start, configs[name]))
-        runs = open_runs(data, stages[name].segments, model.config, start)
-        train(model, name, stages[name], runs, folders[name], args.checkpoint_every, device, context)
-        start = folders[name] / "model.safetensors"
+        runs = open_runs(data, segments, model.config, start)
+        train(model, name, stages[name], runs, own, args.checkpoint_every, device, context)
+        start = own / "model.safetensors"
         if is_first():
-            dataset.plot_loss(folders[name])
-        show(model, folders[name], stages[name].segments, runs, codec, text_encoder)
-    if not todo:
-        print(f"stage {args.stage} is already trained ({folder}); --overwrite trains it again")
-        show(model, folder, segments, runs, codec, text_encoder)
+            dataset.plot_loss(own)
+        show(model, own, segments, runs, codec, text_encoder)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
