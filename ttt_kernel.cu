@@ -14,8 +14,6 @@
 //         W1 -= k.mT @ G1;  b1 -= sum(G1);  W2 -= X2.mT @ G2;  b2 -= sum(G2)               # 5 step
 //         out = q + LN(f(q; W))
 //
-// appendix/kernels.py builds it on first use, with ThunderKittens at commit 0b55588d.
-//
 // The picture. A head belongs to a cluster of TP multiprocessors (2 or 4). E is cut into 4 slices of 64: a
 // slice is 64 columns of W1 and the 64 rows of W2 that read them. A learner warpgroup keeps its slice in fp32
 // accumulators from the first to the last mini-batch, 64 registers a thread; shared memory holds copies in
@@ -39,8 +37,8 @@
 // products that were taken off. A fourth role, the judge, has registers free for the LayerNorms: it does all
 // that needs a sum over slices.
 //
-// Limits: TTT-MLP, F = 64, E = 256, b = 64, q, k, v in bf16, any L. Tiles hold D1 = -G1 and D2 = -G2: tensor
-// cores add, so the step down is stored.
+// Tiles hold D1 = -G1 and D2 = -G2: tensor cores add, so the step down is stored. Limits: TTT-MLP, F = 64,
+// E = 256, b = 64, q, k, v in bf16, any L; ThunderKittens at commit 0b55588d (appendix/kernels.py builds it).
 
 // ThunderKittens asks the driver for two functions. They are looked up at run time, so that no libcuda is
 // needed to build or to load.
@@ -117,16 +115,14 @@ DEVICE int lane() { return threadIdx.x % 32; }
 DEVICE int quarter() { return threadIdx.x / 32 % 4; }
 DEVICE void await(semaphore &s, int phase) { while (!try_wait(s, phase)); }
 DEVICE void wait_peer(semaphore &s, int phase) { while (!tma::cluster::try_wait(s, phase)); }
-template <int SLOTS> DEVICE void wait_full(Ring<SLOTS> &r, int i) { await(r.full[i % SLOTS], i / SLOTS % 2); }
-template <int SLOTS> DEVICE void wait_empty(Ring<SLOTS> &r, int i) {
-    await(r.empty[i % SLOTS], i / SLOTS % 2 ^ 1);
-}
+template <int S> DEVICE void wait_full(Ring<S> &r, int i) { await(r.full[i % S], i / S % 2); }
+template <int S> DEVICE void wait_empty(Ring<S> &r, int i) { await(r.empty[i % S], i / S % 2 ^ 1); }
 // For a warp, once all its lanes are done: lanes may drift apart, also since a barrier just before.
 DEVICE void signal(semaphore &s) { __syncwarp(); if (lane() == 0) arrive(s); }
-template <int SLOTS> DEVICE void signal_full(Ring<SLOTS> &r, int i) { signal(r.full[i % SLOTS]); }
-template <int SLOTS> DEVICE void signal_empty(Ring<SLOTS> &r, int i) { signal(r.empty[i % SLOTS]); }
-template <int SLOTS> DEVICE void init_ring(Ring<SLOTS> &r, int full, int empty) {
-    for (int i = 0; i < SLOTS; i++) { init_semaphore(r.full[i], full); init_semaphore(r.empty[i], empty); }
+template <int S> DEVICE void signal_full(Ring<S> &r, int i) { signal(r.full[i % S]); }
+template <int S> DEVICE void signal_empty(Ring<S> &r, int i) { signal(r.empty[i % S]); }
+template <int S> DEVICE void init_ring(Ring<S> &r, int full, int empty) {
+    for (int i = 0; i < S; i++) { init_semaphore(r.full[i], full); init_semaphore(r.empty[i], empty); }
 }
 // Tensor cores and TMA see what threads wrote to shared memory only after this.
 DEVICE void to_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -197,8 +193,14 @@ DEVICE void from_image(acc &a, const image &from) {
 // 16 rows of a tile, those of a warp, to global memory.
 DEVICE void store_rows(const token_rows &to, tile &from, int video, int h, int t) {
     const int warp = thread() / 32;
-    auto rows = [&]() -> auto & { return *reinterpret_cast<st_bf<16, F> *>(&from.data[16 * F * warp]); };
-    if (lane() == 0) tma::store_async(to, rows(), {video, h, 4 * t + warp, 0});
+    auto &rows = *reinterpret_cast<st_bf<16, F> *>(&from.data[16 * F * warp]);
+    tma::store_async(to, rows, {video, h, 4 * t + warp, 0});
+}
+// What a warp wrote leaves by TMA, and has been read when this returns.
+template <class Function> DEVICE void send_away(Function store) {
+    to_async_proxy();
+    __syncwarp();
+    if (lane() == 0) { store(); tma::store_async_read_wait(); }
 }
 
 // A row lies in the 4 lanes of a quad, a column in the 8 quads of each of 4 warps; partial sums of columns
@@ -484,7 +486,7 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
     begin(s, g);
     if (role == P::HS + 1) {                                  // ---- producer
         warpgroup::decrease_registers<P::PRODUCER>();
-        if (thread() == 0) {
+        if (thread() == 0)
             for (int t = 0; t < g.M; t++) {
                 wait_empty(s.kv, t);
                 tma::expect_bytes(s.kv.full[t % STAGES], 2 * sizeof(tile));
@@ -494,7 +496,6 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
                 tma::expect_bytes(s.asked.full[t % STAGES], sizeof(tile));
                 tma::load_async(s.q[t % STAGES], g.q, {video, h, t, 0}, s.asked.full[t % STAGES]);
             }
-        }
     } else if (role < P::HS) {                                // ---- learners
         warpgroup::increase_registers<P::LEARNER>();
         acc w1, w2;
@@ -524,8 +525,7 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
         move_state<P, true>(w1, w2, s.b[(g.M + 1) % COPIES], g.last, head);
         if (thread() == 0) tma::store_async_wait();           // a kernel ends with its stores written
     } else {                                                  // ---- reader
-        if constexpr (P::OTHER > launched(P::GROUPS)) warpgroup::increase_registers<P::OTHER>();
-        else warpgroup::decrease_registers<P::OTHER>();
+        warpgroup::decrease_registers<P::OTHER>();
         acc z1, z2;
         for (int t = 0; t < g.M; t++) {
             tile &q = s.q[t % STAGES];
@@ -557,10 +557,7 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
                 each(z2, [&](float2 &x, At at) {
                     put(q, at, pair(q, at) + kept(s.gamma, at) * x + kept(s.beta, at));
                 });
-                to_async_proxy();
-                __syncwarp();
-                store_rows(g.out, q, video, h, t);
-                if (lane() == 0) tma::store_async_read_wait();
+                send_away([&] { store_rows(g.out, q, video, h, t); });
             }
             signal_empty(s.asked, t);                         // the producer may overwrite q, now the output
         }
@@ -572,9 +569,8 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
 template <class P, template <class> class Shared, class Parameters>
 static int launch(void (*kernel)(Parameters), const Parameters &g, int B, void *stream) {
     constexpr size_t bytes = sizeof(Shared<P>);
-    constexpr int registers = P::HS * P::LEARNER + P::OTHER + P::PRODUCER;
-    static_assert(bytes <= 1024 * P::SHARED_KB && P::SHARED_KB <= 227, "more shared memory than planned");
-    static_assert(registers <= launched(P::GROUPS) * P::GROUPS, "more registers than there are");
+    static_assert(bytes <= 1024 * P::SHARED_KB && P::SHARED_KB <= 227);
+    static_assert(P::HS * P::LEARNER + P::OTHER + P::PRODUCER <= launched(P::GROUPS) * P::GROUPS);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     kernel<<<dim3(P::TP, g.H, B), P::THREADS, bytes, (cudaStream_t)stream>>>(g);
     return cudaGetLastError();
@@ -700,10 +696,9 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
     using P = Plan<TP, true>;
     auto &s = *reinterpret_cast<BackwardShared<P> *>(dynamic);
     int role = warpgroup::groupid();
-    // Items: in a ring of one slot it only matters whether an item is odd or even. k and v come twice for
-    // every mini-batch of a group, so each group begins with an even one: t - start in the replay, then start
-    // + t + 1. q, dout and what was saved come once: M - 1 - t. Asked for where they are needed, as `thread`
-    // is:
+    // Items of a ring of one slot: it only matters whether they are odd or even. k and v come twice for every
+    // mini-batch of a group, so each group begins with an even one: t - start in the replay, then start + t
+    // + 1. All else comes once: M - 1 - t. Numbers asked for where they are needed, as `thread` is:
     const auto h = [] { int i; asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(i)); return i; };
     const auto video = [] { int i; asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(i)); return i; };
     const auto rank = [] { int i; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(i)); return i; };
@@ -814,10 +809,7 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 sum_over_cluster(z, s.rows, s.sum_rows, 0);
                 if (quarter() * TP / 4 == rank()) {
                     each(z, [&](float2 &x, At at) { put(s.dout, at, pair(s.dout, at) + x); });
-                    to_async_proxy();
-                    __syncwarp();
-                    store_rows(g.dq, s.dout, video(), h(), t);
-                    if (lane() == 0) tma::store_async_read_wait();
+                    send_away([&] { store_rows(g.dq, s.dout, video(), h(), t); });
                 }
                 signal_empty(s.asked, g.M - 1 - fresh(t));
                 wait_full(s.kv, start + t + 1);
@@ -859,11 +851,10 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 sum_over_cluster(z, s.rows, s.sum_rows, 1);
                 if (quarter() * TP / 4 == rank()) {
                     each(z, [&](float2 &x, At at) { put(s.k, at, x - pair(s.v, at)); });
-                    to_async_proxy();
-                    __syncwarp();
-                    store_rows(g.dk, s.k, video(), h(), t);
-                    store_rows(g.dv, s.v, video(), h(), t);
-                    if (lane() == 0) tma::store_async_read_wait();
+                    send_away([&] {
+                        store_rows(g.dk, s.k, video(), h(), t);
+                        store_rows(g.dv, s.v, video(), h(), t);
+                    });
                 }
                 signal_empty(s.kv, start + t + 1);
                 signal_empty(s.back, g.M - 1 - t);
