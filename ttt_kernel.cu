@@ -706,7 +706,7 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
     const auto saved = [&](int step) -> Saved<P::HS> & {
         return reinterpret_cast<Saved<P::HS> *>(g.scratch)[size_t(head() * TP + rank()) * g.every + step];
     };
-    // What was replayed can be fetched. The fence: what TMA wrote, this thread has seen; so does TMA again.
+    // What TMA stored in the replay is there for this thread, and after the fence for TMA to load again.
     const auto end_replay = [&](int start) {
         if (thread() == 0) {
             tma::store_async_wait();

@@ -6,7 +6,7 @@ over the few functions of CUDA's runtime that hopper_stub.cpp answers.
 
     python appendix/hopper.py                           # forward and backward of 100 tokens, errors by tensor
     python appendix/hopper.py --seed 7 --races          # another order of events, and races
-    python appendix/hopper.py --watch 390 --warp 0.4    # what warp 4 of multiprocessor 0 holds on line 390
+    python appendix/hopper.py --watch 379 --warp 0.4    # what warp 4 of multiprocessor 0 holds on line 379
     python appendix/hopper.py --source my.cu            # a changed kernel: take out a wait, see what happens
 
 What is modelled, because kernels go wrong there:
