@@ -14,13 +14,6 @@
 //         W1 -= k.mT @ G1;  b1 -= sum(G1);  W2 -= X2.mT @ G2;  b2 -= sum(G2)               # 5 step
 //         out = q + LN(f(q; W))
 //
-// Build (appendix/kernels.py does it on first use; ThunderKittens at commit
-// 0b55588d2769dde0c7a9a606ffc015b0ca7a9551):
-//     nvcc -std=c++20 -O3 -DNDEBUG --use_fast_math --expt-relaxed-constexpr --expt-extended-lambda
-//          -DKITTENS_HOPPER -gencode arch=compute_90a,code=sm_90a -I$THUNDERKITTENS_ROOT/include
-//          -diag-suppress 3189 -Xcompiler=-fPIC,-fno-strict-aliasing,-Wno-psabi,-fvisibility=hidden -shared
-//          -cudart static ttt_kernel.cu -o ttt_kernel.so
-//
 // The picture. A head belongs to a cluster of TP multiprocessors (2 or 4). E is cut into 4 slices of 64: a
 // slice is 64 columns of W1 and the 64 rows of W2 that read them. A learner warpgroup keeps its slice in fp32
 // accumulators from the first to the last mini-batch, 64 registers a thread; shared memory holds copies in
@@ -44,35 +37,28 @@
 // products that were taken off. A fourth role, the judge, has registers free for the LayerNorms: it does all
 // that needs a sum over slices.
 //
-// Limits: TTT-MLP, F = 64, E = 256, b = 64, q, k, v in bf16, any L. Tiles hold D1 = -G1 and D2 = -G2: tensor
-// cores add, so the step down is stored.
+// Tiles hold D1 = -G1 and D2 = -G2: tensor cores add, so the step down is stored. Limits: TTT-MLP, F = 64,
+// E = 256, b = 64, q, k, v in bf16, any L; ThunderKittens at commit 0b55588d (appendix/kernels.py builds it).
 
 // ThunderKittens asks the driver for two functions. They are looked up at run time, so that no libcuda is
 // needed to build or to load.
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cstdint>
-template <class Function> static Function driver_function(const char *name) {
+template <class Function, class... Args> static CUresult call_driver(const char *name, Args... args) {
     void *address = nullptr;
     cudaDriverEntryPointQueryResult found;
     cudaGetDriverEntryPointByVersion(name, &address, 12000, cudaEnableDefault, &found);
-    return reinterpret_cast<Function>(address);
+    return address ? reinterpret_cast<Function *>(address)(args...) : CUDA_ERROR_NOT_FOUND;
 }
-template <class... Args> static CUresult encode_tiled(Args... args) {
-    static auto function = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-    return function ? function(args...) : CUDA_ERROR_NOT_FOUND;
-}
-template <class... Args> static CUresult explain(Args... args) {
-    static auto function = driver_function<decltype(&cuGetErrorString)>("cuGetErrorString");
-    return function ? function(args...) : CUDA_ERROR_NOT_FOUND;
-}
-#define cuTensorMapEncodeTiled encode_tiled
-#define cuGetErrorString explain
+#define LOOK_UP(name, ...) call_driver<decltype(::name)>(#name, __VA_ARGS__)
+#define cuTensorMapEncodeTiled(...) LOOK_UP(cuTensorMapEncodeTiled, __VA_ARGS__)
+#define cuGetErrorString(...) LOOK_UP(cuGetErrorString, __VA_ARGS__)
 #include "kittens.cuh"
 using namespace kittens;
 #define DEVICE __device__ static inline
 
-constexpr int F = 64, SLICES = 4, E = SLICES * F, STAGES = 2, COPIES = 2, KB = 1024;
+constexpr int F = 64, SLICES = 4, E = SLICES * F, STAGES = 2, COPIES = 2;
 using tile = st_bf<F, F>;                                 // 8 KB, swizzled as TMA and wgmma like it
 using acc = rt_fl<16, F>;                                 // 64 x 64 fp32 over a warpgroup: 32 a thread
 using frag = rt_bf<16, F>;                                // the same in bf16: 16 registers
@@ -96,30 +82,20 @@ using token_rows = gl<bf16, -1, -1, -1, F, st_bf<16, F>>; // the same, 16 tokens
 //   backward TP 2, 4 groups       2 x 192               104         24         64 fp32 of W, 64 of dW,
 //            TP 4, 3 groups           232               248         24         32 of the product at hand
 //
-// The pool of registers is what the kernel is launched with; asking for more than is there would wait for
-// ever. Nothing spills, and this hangs by a thread: the compiler likes to compute addresses once, before a
-// loop, and to keep them through all phases of a mini-batch. So `thread`, `fresh` and `again` hide from it
-// that a number is the same as before, and it is cheaper to compute again than to keep.
+// Asking for more registers than the kernel is launched with would wait for ever. Nothing spills, but only
+// just: the compiler likes to compute addresses once, before a loop, and to keep them. So `thread`, `fresh`
+// and `again` hide from it that a number is the same as before: computing again is cheaper than keeping.
 constexpr int launched(int groups) { return 65536 / (128 * groups) / 8 * 8; }
 
 // HS slices a multiprocessor, one a learner. JUDGE is the warpgroup that does the LayerNorms: a learner in
 // the forward pass, a role of its own in the backward pass. TEAM is who meets at the learners' barrier.
-template <int TP_> struct Plan {
+template <int TP_, bool BACKWARD> struct Plan {
     static constexpr int TP = TP_, HS = SLICES / TP, GROUPS = HS + 2, THREADS = 128 * GROUPS;
-    static constexpr int JUDGE = 0, TEAM = HS;
-    static constexpr int LEARNER = TP == 2 ? 184 : 232, OTHER = TP == 2 ? 112 : 168, PRODUCER = 24;
-    static constexpr int SHARED_KB = TP == 2 ? 182 : 168;
+    static constexpr int JUDGE = BACKWARD ? HS : 0, TEAM = BACKWARD ? HS + 1 : HS;
+    static constexpr int LEARNER = TP == 4 ? 232 : BACKWARD ? 192 : 184, PRODUCER = 24;
+    static constexpr int OTHER = BACKWARD ? (TP == 4 ? 248 : 104) : TP == 4 ? 168 : 112;
+    static constexpr int SHARED_KB = BACKWARD ? (TP == 4 ? 186 : 224) : TP == 4 ? 168 : 182;
 };
-template <int TP_> struct BackwardPlan {
-    static constexpr int TP = TP_, HS = SLICES / TP, GROUPS = HS + 2, THREADS = 128 * GROUPS;
-    static constexpr int JUDGE = HS, TEAM = HS + 1;
-    static constexpr int LEARNER = TP == 2 ? 192 : 232, OTHER = TP == 2 ? 104 : 248, PRODUCER = 24;
-    static constexpr int SHARED_KB = TP == 2 ? 224 : 186;
-};
-template <class P> constexpr bool fits(size_t bytes) {
-    return P::HS * P::LEARNER + P::OTHER + P::PRODUCER <= launched(P::GROUPS) * P::GROUPS
-        && bytes <= P::SHARED_KB * KB && P::SHARED_KB <= 227;
-}
 
 struct Slice { tile x2, g1; };     // before X2 of a step: 16 KB to stage a checkpoint; g1: gelu', then D1
 using image = float2[4][16][32];   // an accumulator as the threads hold it: warp, pair, lane
@@ -128,9 +104,7 @@ template <int HS> struct Weights { tile w1[HS], w2[HS]; };
 template <int HS> struct Biases { float b1[HS][F], b2[F]; };
 
 // Who fills a slot and who empties it take turns: item i lies in slot i % SLOTS, and a barrier's phases
-// alternate with i / SLOTS. The first round finds every slot empty: a wait for the phase before the first
-// passes. A warp signals once all its lanes are done, also where a
-// barrier just before has seen to that.
+// alternate with i / SLOTS. At first every slot is empty: a wait for the phase before the first passes.
 template <int SLOTS> struct Ring { semaphore full[SLOTS], empty[SLOTS]; };
 
 // The number of a thread in its warpgroup. Volatile: what follows from it is computed again, not kept.
@@ -141,26 +115,17 @@ DEVICE int lane() { return threadIdx.x % 32; }
 DEVICE int quarter() { return threadIdx.x / 32 % 4; }
 DEVICE void await(semaphore &s, int phase) { while (!try_wait(s, phase)); }
 DEVICE void wait_peer(semaphore &s, int phase) { while (!tma::cluster::try_wait(s, phase)); }
-template <int SLOTS> DEVICE void wait_full(Ring<SLOTS> &r, int i) { await(r.full[i % SLOTS], i / SLOTS % 2); }
-template <int SLOTS> DEVICE void wait_empty(Ring<SLOTS> &r, int i) {
-    await(r.empty[i % SLOTS], i / SLOTS % 2 ^ 1);
-}
-template <int SLOTS> DEVICE void signal_full(Ring<SLOTS> &r, int i) {
-    __syncwarp();
-    if (lane() == 0) arrive(r.full[i % SLOTS]);
-}
-template <int SLOTS> DEVICE void signal_empty(Ring<SLOTS> &r, int i) {
-    __syncwarp();
-    if (lane() == 0) arrive(r.empty[i % SLOTS]);
-}
-template <int SLOTS> DEVICE void init_ring(Ring<SLOTS> &r, int full, int empty) {
-    for (int i = 0; i < SLOTS; i++) { init_semaphore(r.full[i], full); init_semaphore(r.empty[i], empty); }
+template <int S> DEVICE void wait_full(Ring<S> &r, int i) { await(r.full[i % S], i / S % 2); }
+template <int S> DEVICE void wait_empty(Ring<S> &r, int i) { await(r.empty[i % S], i / S % 2 ^ 1); }
+// For a warp, once all its lanes are done: lanes may drift apart, also since a barrier just before.
+DEVICE void signal(semaphore &s) { __syncwarp(); if (lane() == 0) arrive(s); }
+template <int S> DEVICE void signal_full(Ring<S> &r, int i) { signal(r.full[i % S]); }
+template <int S> DEVICE void signal_empty(Ring<S> &r, int i) { signal(r.empty[i % S]); }
+template <int S> DEVICE void init_ring(Ring<S> &r, int full, int empty) {
+    for (int i = 0; i < S; i++) { init_semaphore(r.full[i], full); init_semaphore(r.empty[i], empty); }
 }
 // Tensor cores and TMA see what threads wrote to shared memory only after this.
 DEVICE void to_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-template <int THREADS> DEVICE void barrier_of(int id) {
-    asm volatile("bar.sync %0, %1;" :: "r"(id), "n"(THREADS) : "memory");
-}
 DEVICE uint32_t shared(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 DEVICE uint32_t at_peer(const void *p, int rank) {
     uint32_t address;
@@ -222,17 +187,20 @@ DEVICE void store(tile &t, acc &a) { each(a, [&](float2 &x, At at) { put(t, at, 
 DEVICE void store_negated(tile &t, acc &a) { each(a, [&](float2 &x, At at) { put(t, at, -x); }); }
 DEVICE void negate(acc &a) { each(a, [](float2 &x, At) { x = -x; }); }
 DEVICE void add_row(acc &a, const float *row) { each(a, [&](float2 &x, At at) { x = x + kept(row, at); }); }
-DEVICE void to_image(image &to, acc &a) {
-    each(a, [&](float2 &x, At at) { to[quarter()][at.i][lane()] = x; });
-}
 DEVICE void from_image(acc &a, const image &from) {
     each(a, [&](float2 &x, At at) { x = from[quarter()][at.i][lane()]; });
 }
 // 16 rows of a tile, those of a warp, to global memory.
 DEVICE void store_rows(const token_rows &to, tile &from, int video, int h, int t) {
     const int warp = thread() / 32;
-    auto rows = [&]() -> auto & { return *reinterpret_cast<st_bf<16, F> *>(&from.data[16 * F * warp]); };
-    if (lane() == 0) tma::store_async(to, rows(), {video, h, 4 * t + warp, 0});
+    auto &rows = *reinterpret_cast<st_bf<16, F> *>(&from.data[16 * F * warp]);
+    tma::store_async(to, rows, {video, h, 4 * t + warp, 0});
+}
+// What a warp wrote leaves by TMA, and has been read when this returns.
+template <class Function> DEVICE void send_away(Function store) {
+    to_async_proxy();
+    __syncwarp();
+    if (lane() == 0) { store(); tma::store_async_read_wait(); }
 }
 
 // A row lies in the 4 lanes of a quad, a column in the 8 quads of each of 4 warps; partial sums of columns
@@ -271,8 +239,7 @@ DEVICE float tanh_of(float x, float square) {
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x * (C + CD * square)));
     return y;
 }
-DEVICE float gelu(float x) { return .5f * x + .5f * x * tanh_of(x, fminf(x * x, 100.f)); }
-DEVICE float gelu_slope(float x, float &slope) {
+DEVICE float gelu(float x, float &slope) {
     const float square = fminf(x * x, 100.f), y = tanh_of(x, square);
     slope = .5f + .5f * y + (.5f - .5f * y * y) * x * (C + 3.f * CD * square);
     return .5f * x + .5f * x * y;
@@ -283,10 +250,7 @@ DEVICE void gelu_bend(float x, float &slope, float &bend) {
     slope = .5f + .5f * y + bell * x * p;
     bend = 2.f * bell * (p - x * y * p * p + 3.f * CD * square);
 }
-DEVICE float2 gelu(float2 x) { return {gelu(x.x), gelu(x.y)}; }
-DEVICE float2 gelu_slope(float2 x, float2 &slope) {
-    return {gelu_slope(x.x, slope.x), gelu_slope(x.y, slope.y)};
-}
+DEVICE float2 gelu(float2 x, float2 &slope) { return {gelu(x.x, slope.x), gelu(x.y, slope.y)}; }
 DEVICE void gelu_bend(float2 x, float2 &slope, float2 &bend) {
     gelu_bend(x.x, slope.x, bend.x), gelu_bend(x.y, slope.y, bend.y);
 }
@@ -305,8 +269,8 @@ DEVICE float4 add(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z,
 // z <- the sum of all ranks' z: the AllReduce of section 3.5 with SHARE = 4; with SHARE = 4 / TP a rank gets
 // only the rows of its own SHARE warps, and the others are left alone. Registers go straight into the peer's
 // shared memory, which counts the bytes. Who sends nothing must not wait for `empty`: its peers can pass that
-// round without it. In the backward pass barriers and other sums between two rounds imply `empty`; it stays,
-// so that this function asks nothing of its callers.
+// round without it. In the backward pass other barriers and sums imply `empty`; it stays, so that this asks
+// nothing of its callers.
 template <int TP, int SHARE>
 DEVICE void sum_over_cluster(acc &z, Exchange<TP, SHARE> &x, Ring<1> &ring, int n) {
     const int rank = cluster_ctarank();
@@ -335,7 +299,7 @@ DEVICE void sum_over_cluster(acc &z, Exchange<TP, SHARE> &x, Ring<1> &ring, int 
             pairs[0] = {sum.x, sum.y}, pairs[1] = {sum.z, sum.w};
         }
     }
-    __syncwarp();
+    __syncwarp();                                                      // all lanes have read, see `signal`
     if (lane() == 0) for (int i = 1; i < TP; i++) tma::cluster::arrive(ring.empty[0], rank ^ i);
 }
 
@@ -345,7 +309,7 @@ DEVICE void sum_over_cluster(acc &z, Exchange<TP, SHARE> &x, Ring<1> &ring, int 
 template <class P> struct Team {
     Weights<P::HS> *W; Biases<P::HS> *b; Slice *slice; tile *g2; float (*part)[4][F];
     const float *gamma, *beta; float eps; Exchange<P::TP, 4> *exchange; Ring<1> *sum;
-    __device__ static inline void barrier() { barrier_of<128 * P::TEAM>(1); }
+    DEVICE void barrier() { asm volatile("bar.sync 1, %0;" :: "n"(128 * P::TEAM) : "memory"); }
 };
 
 DEVICE void step_sizes(float (&eta)[2], const float *from, int head, int t, int L) {
@@ -363,16 +327,23 @@ template <class P> DEVICE void hidden(const Team<P> &s, const tile &k) {
     warpgroup::mma_async_wait();
     each(z, [&](float2 &x, At at) {
         float2 slope;
-        put(s.slice[slice].x2, at, gelu_slope(x + kept(s.b->b1[slice], at), slope));
+        put(s.slice[slice].x2, at, gelu(x + kept(s.b->b1[slice], at), slope));
         put(s.slice[slice].g1, at, slope);
     });
     to_async_proxy();
 }
 
-// 3 error: xh and p as in the header; z <- D2 = -eta r (p - mean(p) - xh mean(p xh)).
+// 2 guess: Z2 = X2 W2 + b2, over all slices, in sum number n over the cluster; 3 error: D2 from xh and p as
+// in the header.
 template <class P>
-DEVICE void error_of(acc &z, const Team<P> &s, const tile &k, const tile &v, const float (&eta)[2],
-                     float2 *kept_xh) {
+DEVICE void guess_and_error(const Team<P> &s, const tile &k, const tile &v, const float (&eta)[2], int n,
+                            float2 *kept_xh) {
+    acc z;
+    warpgroup::mm_AB(z, s.slice[0].x2, s.W->w2[0]);
+    if constexpr (P::HS == 2) warpgroup::mma_AB(z, s.slice[1].x2, s.W->w2[1]);
+    warpgroup::mma_async_wait();
+    sum_over_cluster(z, *s.exchange, *s.sum, n);
+    add_row(z, s.b->b2);
     float r[2], along_1[2] = {}, along_xh[2] = {};
     normalise(z, r, s.eps);
     if (kept_xh) {
@@ -389,23 +360,10 @@ DEVICE void error_of(acc &z, const Team<P> &s, const tile &k, const tile &v, con
         along_1[at.half] += total(p), along_xh[at.half] += total(p * xh);
     });
     row_means(along_1), row_means(along_xh);
-    each(z, [&](float2 &xh, At at) {
+    each(z, [&](float2 &xh, At at) {                          // D2 = -eta r (p - mean(p) - xh mean(p xh))
         const float scale = -eta[at.half] * r[at.half];
         xh = (p_of(xh, at) - along_1[at.half] - xh * along_xh[at.half]) * scale;
     });
-}
-
-// 2 guess: Z2 = X2 W2 + b2, over all slices; 3 error. Number n of the sums over the cluster.
-template <class P>
-DEVICE void guess_and_error(const Team<P> &s, const tile &k, const tile &v, const float (&eta)[2], int n,
-                            float2 *kept_xh) {
-    acc z;
-    warpgroup::mm_AB(z, s.slice[0].x2, s.W->w2[0]);
-    if constexpr (P::HS == 2) warpgroup::mma_AB(z, s.slice[1].x2, s.W->w2[1]);
-    warpgroup::mma_async_wait();
-    sum_over_cluster(z, *s.exchange, *s.sum, n);
-    add_row(z, s.b->b2);
-    error_of<P>(z, s, k, v, eta, kept_xh);
     store(*s.g2, z);
     column_sums(z, s.part[P::HS]);
     to_async_proxy();
@@ -442,15 +400,14 @@ DEVICE void publish(acc &w1, acc &w2, Weights<P::HS> &W, const Biases<P::HS> &b,
 // --------------------------------------------------------------------------------------------------- forward
 struct State { float *W1, *b1, *W2, *b2; };       // [B, H, F, E], [B, H, E], [B, H, E, F], [B, H, F]
 struct Checkpoints { image *W; float *b; };       // [B, H, groups, SLICES, 2] and [B, H, groups, E + F]
-struct Forward {
-    tokens q, k, v;
-    token_rows out;
+struct Given {                                    // to both passes
     const float *eta, *gamma, *beta;              // [B, H, L], [H, F], [H, F]
-    State first, last;
     Checkpoints kept;
-    int H, L, M, every, groups;                   // M mini-batches, in groups
+    int H, L, every;
     float eps;
+    int M = (L + 63) / 64, groups = (M + every - 1) / every;                    // M mini-batches, in groups
 };
+struct Forward : Given { tokens q, k, v; token_rows out; State first, last; };
 template <class P> struct ForwardShared {
     tile k[STAGES], v[STAGES], q[STAGES];
     Weights<P::HS> W[COPIES];
@@ -465,30 +422,21 @@ template <class P> struct ForwardShared {
     Ring<1> sum, sum_out;
 };
 
-// The pair at `at` of a slice of W1 or W2 in global memory.
-DEVICE float2 &in_W1(float *W1, int head, int slice, int row, At at) {
-    return *(float2 *)&W1[(size_t(head) * F + row + 8 * at.half) * E + F * slice + at.column];
-}
-DEVICE float2 &in_W2(float *W2, int head, int slice, int row, At at) {
-    return *(float2 *)&W2[(size_t(head) * E + F * slice + row + 8 * at.half) * F + at.column];
-}
-template <class P>
-DEVICE void load_state(acc &w1, acc &w2, Biases<P::HS> &b, const State &from, int head) {
-    const int group = warpgroup::groupid(), slice = cluster_ctarank() * P::HS + group;
-    const int column = thread(), row = first_row();
-    each(w1, [&](float2 &x, At at) { x = in_W1(from.W1, head, slice, row, at); });
-    each(w2, [&](float2 &x, At at) { x = in_W2(from.W2, head, slice, row, at); });
-    if (column < F) b.b1[group][column] = from.b1[size_t(head) * E + F * slice + column];
-    if (group == P::JUDGE && column < F) b.b2[column] = from.b2[size_t(head) * F + column];
-}
-template <class P>
-DEVICE void save_state(acc &w1, acc &w2, const Biases<P::HS> &b, const State &to, int head) {
-    const int group = warpgroup::groupid(), slice = cluster_ctarank() * P::HS + group;
-    const int column = thread(), row = first_row();
-    each(w1, [&](float2 &x, At at) { in_W1(to.W1, head, slice, row, at) = x; });
-    each(w2, [&](float2 &x, At at) { in_W2(to.W2, head, slice, row, at) = x; });
-    if (column < F) to.b1[size_t(head) * E + F * slice + column] = b.b1[group][column];
-    if (group == P::JUDGE && slice == 0 && column < F) to.b2[size_t(head) * F + column] = b.b2[column];
+// Registers and biases from or to global memory.
+template <class P, bool SAVE>
+DEVICE void move_state(acc &w1, acc &w2, Biases<P::HS> &b, const State &state, int head) {
+    const int group = warpgroup::groupid(), slice = cluster_ctarank() * P::HS + group, row = first_row();
+    auto move = [](auto &here, auto &there) { if constexpr (SAVE) there = here; else here = there; };
+    each(w1, [&](float2 &x, At at) {
+        move(x, *(float2 *)&state.W1[(size_t(head) * F + row + 8 * at.half) * E + F * slice + at.column]);
+    });
+    each(w2, [&](float2 &x, At at) {
+        move(x, *(float2 *)&state.W2[(size_t(head) * E + F * slice + row + 8 * at.half) * F + at.column]);
+    });
+    each_column([&](int c) {
+        move(b.b1[group][c], state.b1[size_t(head) * E + F * slice + c]);
+        if (group == P::JUDGE && (!SAVE || slice == 0)) move(b.b2[c], state.b2[size_t(head) * F + c]);
+    });
 }
 
 // A checkpoint: W1 and W2 of a slice, one after the other, through the place where X2 and D1 will lie.
@@ -499,7 +447,7 @@ DEVICE void keep(acc &w1, acc &w2, const Biases<P::HS> &b, Slice *slices, const 
     image *target = to.W + (at * SLICES + slice) * 2;
     #pragma unroll
     for (int second = 0; second < 2; second++) {
-        to_image(staged, second ? w2 : w1);
+        each(second ? w2 : w1, [&](float2 &x, At at) { staged[quarter()][at.i][lane()] = x; });
         to_async_proxy();
         warpgroup::sync(2 + group);
         if (column == 0) {
@@ -512,9 +460,19 @@ DEVICE void keep(acc &w1, acc &w2, const Biases<P::HS> &b, Slice *slices, const 
     if (slice == 0 && column < F) to.b[at * (E + F) + E + column] = b.b2[column];
 }
 
-template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP>::THREADS, 1)
+// Barriers are there, and what all warpgroups read.
+template <class Shared> DEVICE void begin(Shared &s, const Given &g) {
+    if (threadIdx.x == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (const int i = threadIdx.x; i < F) {
+        s.gamma[i] = g.gamma[blockIdx.y * F + i];
+        s.beta[i] = g.beta[blockIdx.y * F + i];
+    }
+    everyone::tma::cluster::sync();
+}
+
+template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP, false>::THREADS, 1)
 void ttt_forward_kernel(const __grid_constant__ Forward g) {
-    using P = Plan<TP>;
+    using P = Plan<TP, false>;
     auto &s = *reinterpret_cast<ForwardShared<P> *>(dynamic);
     const int rank = cluster_ctarank(), h = blockIdx.y, video = blockIdx.z, head = video * g.H + h;
     const int role = warpgroup::groupid();
@@ -524,16 +482,11 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
         init_ring(s.state, 4 * P::HS, 4);
         init_ring(s.sum, 1, 4 * (TP - 1));
         init_ring(s.sum_out, 1, 4 * (TP - 1));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (threadIdx.x < F) {
-        s.gamma[threadIdx.x] = g.gamma[h * F + threadIdx.x];
-        s.beta[threadIdx.x] = g.beta[h * F + threadIdx.x];
-    }
-    everyone::tma::cluster::sync();
+    begin(s, g);
     if (role == P::HS + 1) {                                  // ---- producer
         warpgroup::decrease_registers<P::PRODUCER>();
-        if (thread() == 0) {
+        if (thread() == 0)
             for (int t = 0; t < g.M; t++) {
                 wait_empty(s.kv, t);
                 tma::expect_bytes(s.kv.full[t % STAGES], 2 * sizeof(tile));
@@ -543,11 +496,10 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
                 tma::expect_bytes(s.asked.full[t % STAGES], sizeof(tile));
                 tma::load_async(s.q[t % STAGES], g.q, {video, h, t, 0}, s.asked.full[t % STAGES]);
             }
-        }
     } else if (role < P::HS) {                                // ---- learners
         warpgroup::increase_registers<P::LEARNER>();
         acc w1, w2;
-        load_state<P>(w1, w2, s.b[1], g.first, head);
+        move_state<P, false>(w1, w2, s.b[1], g.first, head);
         store(s.W[1].w1[role], w1);
         store(s.W[1].w2[role], w2);                           // `keep` comes before the first product
         for (int t = 0; t < g.M; t++) {
@@ -570,11 +522,10 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
             signal_full(s.state, t);                          // the reader may read the new W
             warpgroup::sync(2 + role);
         }
-        save_state<P>(w1, w2, s.b[(g.M + 1) % COPIES], g.last, head);
+        move_state<P, true>(w1, w2, s.b[(g.M + 1) % COPIES], g.last, head);
         if (thread() == 0) tma::store_async_wait();           // a kernel ends with its stores written
     } else {                                                  // ---- reader
-        if constexpr (P::OTHER > launched(P::GROUPS)) warpgroup::increase_registers<P::OTHER>();
-        else warpgroup::decrease_registers<P::OTHER>();
+        warpgroup::decrease_registers<P::OTHER>();
         acc z1, z2;
         for (int t = 0; t < g.M; t++) {
             tile &q = s.q[t % STAGES];
@@ -588,8 +539,9 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
                 warpgroup::mma_async_wait();
                 frag x2;
                 each(z1, [&](float2 &x, At at) {
-                    auto &to = x2.tiles[0][at.i / 4].data[at.i % 4];
-                    to = __float22bfloat162_rn(gelu(x + kept(b.b1[slice], at)));
+                    float2 slope;                             // not needed here
+                    const float2 X2 = gelu(x + kept(b.b1[slice], at), slope);
+                    x2.tiles[0][at.i / 4].data[at.i % 4] = __float22bfloat162_rn(X2);
                 });
                 if (slice == 0) warpgroup::mm_AB(z2, x2, W.w2[slice]);
                 else warpgroup::mma_AB(z2, x2, W.w2[slice]);
@@ -605,22 +557,20 @@ void ttt_forward_kernel(const __grid_constant__ Forward g) {
                 each(z2, [&](float2 &x, At at) {
                     put(q, at, pair(q, at) + kept(s.gamma, at) * x + kept(s.beta, at));
                 });
-                to_async_proxy();
-                __syncwarp();
-                store_rows(g.out, q, video, h, t);
-                if (lane() == 0) tma::store_async_read_wait();
+                send_away([&] { store_rows(g.out, q, video, h, t); });
             }
             signal_empty(s.asked, t);                         // the producer may overwrite q, now the output
         }
-        if (lane() == 0) tma::store_async_wait();
+        if (lane() == 0) tma::store_async_wait();             // as above
     }
-    everyone::tma::cluster::sync();
+    everyone::tma::cluster::sync();                           // nobody leaves before its peers are done
 }
 
-template <class P, class Shared, class Parameters>
+template <class P, template <class> class Shared, class Parameters>
 static int launch(void (*kernel)(Parameters), const Parameters &g, int B, void *stream) {
-    constexpr size_t bytes = sizeof(Shared);
-    static_assert(fits<P>(bytes), "more shared memory or registers than the tables say");
+    constexpr size_t bytes = sizeof(Shared<P>);
+    static_assert(bytes <= 1024 * P::SHARED_KB && P::SHARED_KB <= 227);
+    static_assert(P::HS * P::LEARNER + P::OTHER + P::PRODUCER <= launched(P::GROUPS) * P::GROUPS);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     kernel<<<dim3(P::TP, g.H, B), P::THREADS, bytes, (cudaStream_t)stream>>>(g);
     return cudaGetLastError();
@@ -631,30 +581,23 @@ INTERFACE int ttt_forward(
         float *W1, float *b1, float *W2, float *b2, float *last_W1, float *last_b1, float *last_W2,
         float *last_b2, void *kept_W, float *kept_b,
         int B, int H, int L, int every, float eps, int tp, void *stream) {
-    if (tp != 2 && tp != 4) return cudaErrorInvalidValue;
     try {
         auto at = [&](void *x) { return tokens((bf16 *)x, B, H, L, nullptr); };
         auto rows = [&](void *x) { return token_rows((bf16 *)x, B, H, L, nullptr); };
-        const int M = (L + 63) / 64, groups = (M + every - 1) / every;
-        Forward g{at(q), at(k), at(v), rows(out), eta, gamma, beta, {W1, b1, W2, b2},
-                  {last_W1, last_b1, last_W2, last_b2}, {(image *)kept_W, kept_b},
-                  H, L, M, every, groups, eps};
-        return tp == 4 ? launch<Plan<4>, ForwardShared<Plan<4>>>(ttt_forward_kernel<4>, g, B, stream)
-                       : launch<Plan<2>, ForwardShared<Plan<2>>>(ttt_forward_kernel<2>, g, B, stream);
+        Forward g{{eta, gamma, beta, {(image *)kept_W, kept_b}, H, L, every, eps},
+                  at(q), at(k), at(v), rows(out), {W1, b1, W2, b2}, {last_W1, last_b1, last_W2, last_b2}};
+        return tp == 4 ? launch<Plan<4, false>, ForwardShared>(ttt_forward_kernel<4>, g, B, stream)
+                       : launch<Plan<2, false>, ForwardShared>(ttt_forward_kernel<2>, g, B, stream);
     } catch (...) { return -1; }
 }
 
 // -------------------------------------------------------------------------------------------------- backward
-struct Backward {
+struct Backward : Given {
     tokens q, k, v, dout;
     token_rows dq, dk, dv;
-    const float *eta, *gamma, *beta;              // [B, H, L], [H, F], [H, F]
     float *deta, *dgamma, *dbeta;                 // [B, H, L], [B, H, F], [B, H, F]
     State dlast, dfirst;
-    Checkpoints kept;
     uint8_t *scratch;                             // [B, H, TP, every] times Saved
-    int H, L, M, every, groups;                   // M mini-batches, in groups
-    float eps;
 };
 template <int HS> struct alignas(128) Saved { Slice slice[HS]; tile g2; float2 xh[17 * 128]; Biases<HS> b; };
 template <class P> struct BackwardShared {
@@ -748,15 +691,14 @@ DEVICE void backward_of_error(acc &z, const float2 *kept_xh, Shared &s, const fl
     });
 }
 
-template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(BackwardPlan<TP>::THREADS, 1)
+template <int TP> __global__ __cluster_dims__(TP) __launch_bounds__(Plan<TP, true>::THREADS, 1)
 void ttt_backward_kernel(const __grid_constant__ Backward g) {
-    using P = BackwardPlan<TP>;
+    using P = Plan<TP, true>;
     auto &s = *reinterpret_cast<BackwardShared<P> *>(dynamic);
     int role = warpgroup::groupid();
-    // Items: in a ring of one slot it only matters whether an item is odd or even. k and v come twice for
-    // every mini-batch of a group, so each group begins with an even one: t - start in the replay, then start
-    // + t + 1. q, dout and what was saved come once: M - 1 - t. Asked for where they are needed, as `thread`
-    // is:
+    // Items of a ring of one slot: it only matters whether they are odd or even. k and v come twice for every
+    // mini-batch of a group, so each group begins with an even one: t - start in the replay, then start + t
+    // + 1. All else comes once: M - 1 - t. Numbers asked for where they are needed, as `thread` is:
     const auto h = [] { int i; asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(i)); return i; };
     const auto video = [] { int i; asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(i)); return i; };
     const auto rank = [] { int i; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(i)); return i; };
@@ -764,6 +706,15 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
     const auto saved = [&](int step) -> Saved<P::HS> & {
         return reinterpret_cast<Saved<P::HS> *>(g.scratch)[size_t(head() * TP + rank()) * g.every + step];
     };
+    // What TMA stored in the replay is there for this thread, and after the fence for TMA to load again.
+    const auto end_replay = [&](int start) {
+        if (thread() == 0) {
+            tma::store_async_wait();
+            asm volatile("fence.proxy.async;" ::: "memory");
+        }
+        signal_full(s.replayed, g.groups - 1 - start / g.every);
+    };
+    const Team<P> team{&s.W, &s.bias, s.saved, &s.g2, s.part, s.gamma, s.beta, g.eps, &s.z2, &s.sum};
     if (threadIdx.x == 0) {
         init_ring(s.kv, 1, 4 * P::TEAM);
         init_ring(s.asked, 1, 4 * P::TEAM);
@@ -771,14 +722,9 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
         init_ring(s.replayed, 4 * P::TEAM, 1);
         init_ring(s.sum, 1, 4 * (TP - 1));
         init_ring(s.sum_rows, 1, 4 * (TP - 1));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (threadIdx.x < F) {
-        s.gamma[threadIdx.x] = g.gamma[blockIdx.y * F + threadIdx.x];
-        s.beta[threadIdx.x] = g.beta[blockIdx.y * F + threadIdx.x];
-        for (int i = 0; i < 4; i++) s.dgamma[i][threadIdx.x] = s.dbeta[i][threadIdx.x] = 0;
-    }
-    everyone::tma::cluster::sync();
+    for (int i = threadIdx.x; i < 4 * F; i += P::THREADS) s.dgamma[0][i] = s.dbeta[0][i] = 0;
+    begin(s, g);
     if (role == P::HS + 1) {                                  // ---- producer
         warpgroup::decrease_registers<P::PRODUCER>();
         if (thread() == 0) {
@@ -800,11 +746,9 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                     load_kv(t, start + t + 1);
                     wait_empty(s.back, g.M - 1 - t);          // implied: given back with k and v
                     tma::expect_bytes(s.back.full[0], sizeof(s.saved) + sizeof(tile));
-                    const auto load = [&](void *to, void *from, int bytes) {
-                        tma::load_async(to, from, bytes, s.back.full[0]);
-                    };
-                    load(s.saved, saved(t - start).slice, sizeof(s.saved));
-                    load(&s.g2, &saved(t - start).g2, sizeof(tile));
+                    auto &from = saved(t - start);
+                    tma::load_async((void *)s.saved, (void *)from.slice, sizeof(s.saved), s.back.full[0]);
+                    tma::load_async((void *)&s.g2, (void *)&from.g2, sizeof(tile), s.back.full[0]);
                 }
             }
         }
@@ -815,14 +759,12 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
         // They stay: who reads what TMA wrote has seen it arrive.
         acc z;
         each_column([&](int c) { s.dbias.b2[c] = g.dlast.b2[size_t(head()) * F + c]; });
-        Team<P> team{&s.W, &s.bias, s.saved, &s.g2, s.part, s.gamma, s.beta, g.eps, &s.z2, &s.sum};
         for (int start = (g.M - 1) / g.every * g.every; start >= 0; start -= g.every) {
             const int end = min(start + g.every, g.M);
-            if (const int column = thread(); column < F) {
+            each_column([&](int c) {
                 const size_t at = size_t(head()) * g.groups + start / g.every;
-                s.bias.b2[column] = g.kept.b[at * (E + F) + E + column];
-            }
-            warpgroup::sync(2 + role);
+                s.bias.b2[c] = g.kept.b[at * (E + F) + E + c];
+            });
             for (int t = start; t < end; t++) {               // replay
                 auto &to = saved(t - start);
                 float eta[2];
@@ -838,13 +780,8 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                     tma::store_async_read_wait();
                 }
                 each_column([&](int c) { s.bias.b2[c] += add_parts(s.part[P::HS], c); });
-                warpgroup::sync(2 + role);
             }
-            if (thread() == 0) {
-                tma::store_async_wait();
-                asm volatile("fence.proxy.async;" ::: "memory");
-            }
-            signal_full(s.replayed, g.groups - 1 - start / g.every);
+            end_replay(start);
             for (int t = end - 1; t >= start; t--) {          // walk back
                 wait_full(s.asked, g.M - 1 - t);
                 team.barrier();
@@ -872,10 +809,7 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 sum_over_cluster(z, s.rows, s.sum_rows, 0);
                 if (quarter() * TP / 4 == rank()) {
                     each(z, [&](float2 &x, At at) { put(s.dout, at, pair(s.dout, at) + x); });
-                    to_async_proxy();
-                    __syncwarp();
-                    store_rows(g.dq, s.dout, video(), h(), t);
-                    if (lane() == 0) tma::store_async_read_wait();
+                    send_away([&] { store_rows(g.dq, s.dout, video(), h(), t); });
                 }
                 signal_empty(s.asked, g.M - 1 - fresh(t));
                 wait_full(s.kv, start + t + 1);
@@ -917,11 +851,10 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 sum_over_cluster(z, s.rows, s.sum_rows, 1);
                 if (quarter() * TP / 4 == rank()) {
                     each(z, [&](float2 &x, At at) { put(s.k, at, x - pair(s.v, at)); });
-                    to_async_proxy();
-                    __syncwarp();
-                    store_rows(g.dk, s.k, video(), h(), t);
-                    store_rows(g.dv, s.v, video(), h(), t);
-                    if (lane() == 0) tma::store_async_read_wait();
+                    send_away([&] {
+                        store_rows(g.dk, s.k, video(), h(), t);
+                        store_rows(g.dv, s.v, video(), h(), t);
+                    });
                 }
                 signal_empty(s.kv, start + t + 1);
                 signal_empty(s.back, g.M - 1 - t);
@@ -933,12 +866,11 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
             g.dgamma[size_t(head()) * F + column] = add_parts(s.dgamma, column);
             g.dbeta[size_t(head()) * F + column] = add_parts(s.dbeta, column);
         }
-        if (lane() == 0) tma::store_async_wait();
+        if (lane() == 0) tma::store_async_wait();             // a kernel ends with its stores written
     } else {                                                  // ---- learners
         warpgroup::increase_registers<P::LEARNER>();
         acc w1, w2, d1, d2, z;
-        load_state<P>(d1, d2, s.dbias, g.dlast, head());
-        Team<P> team{&s.W, &s.bias, s.saved, &s.g2, s.part, s.gamma, s.beta, g.eps, &s.z2, &s.sum};
+        move_state<P, false>(d1, d2, s.dbias, g.dlast, head());
         for (int start = (g.M - 1) / g.every * g.every; start >= 0; start -= g.every) {
             const int end = min(start + g.every, g.M);
             const size_t at = size_t(head()) * g.groups + start / g.every;
@@ -968,11 +900,7 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 publish<P>(w1, w2, s.W, s.bias, s.bias, s.part);
                 warpgroup::sync(2 + role);
             }
-            if (thread() == 0) {
-                tma::store_async_wait();
-                asm volatile("fence.proxy.async;" ::: "memory");
-            }
-            signal_full(s.replayed, g.groups - 1 - start / g.every);
+            end_replay(start);
             negate(w1), negate(w2);
             for (int t = end - 1; t >= start; t--) {          // walk back
                 role = fresh(role);
@@ -982,7 +910,7 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 warpgroup::mma_async_wait();
                 each(z, [&](float2 &x, At at) {
                     float2 slope;
-                    put(s.a[role], at, gelu_slope(x + kept(s.bias.b1[role], at), slope));
+                    put(s.a[role], at, gelu(x + kept(s.bias.b1[role], at), slope));
                     put(s.b[role], at, slope);
                 });
                 to_async_proxy();
@@ -1065,7 +993,7 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 signal_empty(s.back, g.M - 1 - t);
             }
         }
-        save_state<P>(d1, d2, s.dbias, g.dfirst, head());
+        move_state<P, true>(d1, d2, s.dbias, g.dfirst, head());
         if (lane() == 0) tma::store_async_wait();
     }
     everyone::tma::cluster::sync();
@@ -1078,17 +1006,13 @@ INTERFACE int ttt_backward(
         float *dlast_W1, float *dlast_b1, float *dlast_W2, float *dlast_b2,
         float *dW1, float *db1, float *dW2, float *db2, void *kept_W, float *kept_b, void *scratch,
         int B, int H, int L, int every, float eps, int tp, void *stream) {
-    if (tp != 2 && tp != 4) return cudaErrorInvalidValue;
     try {
         auto at = [&](void *x) { return tokens((bf16 *)x, B, H, L, nullptr); };
         auto rows = [&](void *x) { return token_rows((bf16 *)x, B, H, L, nullptr); };
-        const int M = (L + 63) / 64, groups = (M + every - 1) / every;
-        Backward g{at(q), at(k), at(v), at(dout), rows(dq), rows(dk), rows(dv), eta, gamma, beta,
-                   deta, dgamma, dbeta, {dlast_W1, dlast_b1, dlast_W2, dlast_b2}, {dW1, db1, dW2, db2},
-                   {(image *)kept_W, kept_b}, (uint8_t *)scratch, H, L, M, every, groups, eps};
-        using Two = BackwardPlan<2>;
-        using Four = BackwardPlan<4>;
-        return tp == 4 ? launch<Four, BackwardShared<Four>>(ttt_backward_kernel<4>, g, B, stream)
-                       : launch<Two, BackwardShared<Two>>(ttt_backward_kernel<2>, g, B, stream);
+        Backward g{{eta, gamma, beta, {(image *)kept_W, kept_b}, H, L, every, eps},
+                   at(q), at(k), at(v), at(dout), rows(dq), rows(dk), rows(dv), deta, dgamma, dbeta,
+                   {dlast_W1, dlast_b1, dlast_W2, dlast_b2}, {dW1, db1, dW2, db2}, (uint8_t *)scratch};
+        return tp == 4 ? launch<Plan<4, true>, BackwardShared>(ttt_backward_kernel<4>, g, B, stream)
+                       : launch<Plan<2, true>, BackwardShared>(ttt_backward_kernel<2>, g, B, stream);
     } catch (...) { return -1; }
 }
