@@ -5,9 +5,11 @@
     python dataset.py --ingest videos --out data --vae COGVIDEOX --text_encoder COGVIDEOX    # by CogVideoX's
     python dataset.py --storyboard 7 --segments 3     # a storyboard that training never sees, to edit
 
+
 Ingestion reads `NAME.mp4` (or what else ffmpeg reads) and beside it `NAME.json`, a list of scenes
 
     [{"start": 0.0, "end": 9.5, "place": "kitchen", "segments": ["Mia runs ...", "Pip waves ...", ...]}, ...]
+
 
 with times in seconds and one paragraph for every whole 3 seconds. The place is any word, or left out;
 training on several segments takes stories in which one returns. Written is a file for each video
@@ -18,6 +20,7 @@ training on several segments takes stories in which one returns. Written is a fi
                         scenes (lists of paragraphs), places (one a segment)
     index.json          format, codec, scale, text_encoder, fps, latents [13, C, h, w], text [N, dim] and
                         videos [{"file", "segments", "places"}]
+
 
 Sections of the paper are those of arXiv 2504.05298v1.
 """
@@ -61,12 +64,15 @@ FRAMES = SEGMENT // FOURS   # 12 latent frames in a segment
 class UserError(ValueError):
     """The user's mistake in one sentence: what is wrong, where, what to do. Exit status 2."""
 
+
 def check(condition, sentence):
     if not condition:
         raise UserError(sentence)
 
+
 def warn(sentence):                 # above progress bars
     tqdm.write(f"warning: {sentence}", file=sys.stderr)
+
 
 @contextmanager
 def reading(what):
@@ -76,6 +82,7 @@ def reading(what):
     except Exception as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
         raise UserError(f"{what}: cannot be read ({reason.splitlines()[0]})") from error
+
 
 def run_main(main):
     """Calls main() and exits: 0 done, 2 the user's mistake, 130 interrupted, 1 (and a traceback) our bug."""
@@ -90,6 +97,7 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
 
+
 def whole_number(low, high=2 ** 31 - 1, step=1):
     """argparse's type of whole numbers low, low + step ... high."""
     def number(text):
@@ -98,15 +106,19 @@ def whole_number(low, high=2 ** 31 - 1, step=1):
         return int(text)
     return number
 
+
 positive, seed_number = whole_number(1), whole_number(0)
+
 
 def finite(text):                   # argparse's type of numbers
     if not np.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
     return float(text)
 
+
 def short_hash(data):
     return hashlib.sha256(data).hexdigest()[:12]
+
 
 @contextmanager
 def atomic(path):
@@ -142,12 +154,14 @@ def hold(folder):
 
 START, END = "<start_scene>", "<end_scene>"
 
+
 @dataclass(frozen=True)
 class Segment:
     """What happens in three seconds: the text with its scene marks, what to avoid, and its scene's number."""
     text: str
     negative: str | None
     scene: int
+
 
 def read_text(path):
     """A file in UTF-8, or UTF-16 with its mark, without what a reader cannot see, in one form of Unicode."""
@@ -157,19 +171,23 @@ def read_text(path):
     text = unicodedata.normalize("NFC", text)
     return "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
+
 def one_line(text):
     return " ".join(text.split())
+
 
 def mark_scene(paragraphs):
     """The paragraphs of one scene as the text encoder reads them: marks around the first and the last."""
     last = len(paragraphs) - 1
     return [START * (i == 0) + text + END * (i == last) for i, text in enumerate(paragraphs)]
 
+
 def to_segments(scenes, negatives=None):
     """Scenes, lists of paragraphs, and one negative or None a paragraph -> a list of Segments."""
     texts = sum([mark_scene(scene) for scene in scenes], [])
     numbers = np.repeat(range(len(scenes)), [len(scene) for scene in scenes]).tolist()
     return [Segment(*facts) for facts in zip(texts, negatives or [None] * len(texts), numbers)]
+
 
 def parse_video(video, name):
     """A video of the official format, segments {text, requires_scene_transition, neg_text}, or texts."""
@@ -189,6 +207,7 @@ def parse_video(video, name):
     # DIFF: the official sampler leaves out the video's first start mark and last end mark; Format 3 has them.
     return to_segments(scenes, negatives)
 
+
 def parse_storyboard(path):
     """Videos, each a list of Segments, from the official JSON or JSONL, or a .txt with one video in Format 3:
     paragraphs parted by blank lines, <start_scene> and <end_scene> around every scene."""
@@ -204,6 +223,7 @@ def parse_storyboard(path):
             videos = json.loads(text) if suffix == ".json" else json.loads(f"[{','.join(lines)}]")
         assert isinstance(videos, list) and videos, "it must be a list of videos, [[{...}, {...}]]"
     return [parse_video(video, f"{name}, video {i}, segment") for i, video in enumerate(videos, 1)]
+
 
 def embed(board, text_encoder, where="storyboard"):
     """Segments -> text and negative, float32 [S, N, dim] each; zeros where a segment has no negative."""
@@ -241,6 +261,7 @@ AT = {"left": ("on the left", "at the left side"), "middle": ("in the middle", "
 FILLERS = ("Nobody else is here.", "The camera does not move.",
            "Everything else is quiet.", "It is a calm day.")
 
+
 @dataclass(frozen=True)
 class Scene:
     """Segments first ... first + segments - 1 with a text each. `drawings`, four frames each: 12 segments + 1
@@ -252,6 +273,7 @@ class Scene:
     texts: tuple
     drawings: tuple
 
+
 @dataclass(frozen=True)
 class Episode:
     """A storyboard and the truth behind it, which it hides, names into the palettes: colours {character:
@@ -262,9 +284,11 @@ class Episode:
     colours: dict
     rooms: dict
 
+
 def pick(rng, options):
     options = list(options)
     return options[rng.integers(len(options))]
+
 
 def plan_rooms(rng, segments):
     """[(room, segments)] of scenes of 1 to 3 segments: mostly A B A, and once at least if it can be."""
@@ -278,6 +302,7 @@ def plan_rooms(rng, segments):
         rooms.append(room)
     return zip(rooms, lengths)
 
+
 def plan_actions(rng, places):
     """{who: (verb, start, end)} for characters at {who: place}; in the end everyone has a place alone."""
     plan = {}
@@ -289,6 +314,7 @@ def plan_actions(rng, places):
             plan[who] = verb, start, pick(rng, ends or [start])
     return plan
 
+
 def pose_at(t, y, verb, start, end):
     """An action in drawing t of 0 ... 12, for feet that stand at y: (x, y, pose, facing right)."""
     a, b = PLACES[start], PLACES[end]
@@ -299,6 +325,7 @@ def pose_at(t, y, verb, start, end):
         lift = 0.14 * abs(np.sin(2 * np.pi * t / FRAMES))
         return b, y - lift, "air" if lift > 0.01 else "stand", end == "left"
     return b, y, f"wave{t % 4}" if verb == "wave" else "stand", end == "left"
+
 
 def write_paragraph(rng, room, plan):
     """What {who: (verb, start, end)} do, in 15 to 34 words without scene marks."""
@@ -316,6 +343,7 @@ def write_paragraph(rng, room, plan):
     while len(text.split()) < 15:
         text += " " + pick(rng, [filler for filler in FILLERS if filler not in text])
     return text
+
 
 def episode(seed, segments):
     """The episode of a seed, `segments` segments of 3 seconds, the same on every machine."""
@@ -338,9 +366,11 @@ def episode(seed, segments):
         first += length
     return Episode(seed, tuple(scenes), tuple(to_segments([scene.texts for scene in scenes])), colours, rooms)
 
+
 def held_out(segments, seed=0):
     """A storyboard of the pocket world that training never sees, a list of Segments."""
     return list(episode(TEST_SEEDS + seed, segments).segments)
+
 
 # Pictures are flat shapes with smooth edges. A shape is a function of pixels at x, y that gives the signed
 # distance to its edge, negative inside, in picture heights.
@@ -348,15 +378,18 @@ def held_out(segments, seed=0):
 def ellipse(x, y, x0, y0, rx, ry):
     return (np.hypot((x - x0) / rx, (y - y0) / ry) - 1) * min(rx, ry)
 
+
 def box(x, y, left, top, right, bottom, corner=0.0):
     dx = np.abs(x - (left + right) / 2) - (right - left) / 2 + corner
     dy = np.abs(y - (top + bottom) / 2) - (bottom - top) / 2 + corner
     return np.hypot(dx.clip(0), dy.clip(0)) + np.maximum(dx, dy).clip(max=0) - corner
 
+
 def line(x, y, x0, y0, x1, y1, thick):
     dx, dy = x1 - x0, y1 - y0
     along = (((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy)).clip(0, 1)
     return np.hypot(x - x0 - along * dx, y - y0 - along * dy) - thick / 2
+
 
 def polygon(x, y, *corners):
     """Convex, clockwise."""
@@ -364,6 +397,7 @@ def polygon(x, y, *corners):
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
         sides.append(((y1 - y0) * (x - x0) - (x1 - x0) * (y - y0)) / np.hypot(x1 - x0, y1 - y0))
     return np.maximum.reduce(sides)
+
 
 def draw(height, width, top, left, *groups):
     """float32 [height, width, 4], premultiplied, 0 ... 255. A group is [outline, (shape, colour, numbers)
@@ -380,8 +414,10 @@ def draw(height, width, top, left, *groups):
             rgba[near] += cover * (np.array([*colour, 255], np.float32) - rgba[near])
     return rgba
 
+
 def mix(colour, other, amount):
     return tuple(a + (b - a) * amount for a, b in zip(colour, other))
+
 
 FLAT, LINED = 0, 0.011                                     # outlines
 INK, WHITE, WOOD, LEAF, PINK = (40, 34, 46), (250, 250, 250), (146, 104, 66), (96, 160, 84), (250, 170, 180)
@@ -414,6 +450,7 @@ SCENERY = {                                # what never changes, so that a room'
          *[(box, WHITE, 0.05 + 0.19 * i, 0.50, 0.15 + 0.19 * i, 0.73, 0.03) for i in range(8)]],
         [LINED, (box, WOOD, 1.16, 0.40, 1.26, 0.75), (ellipse, LEAF, 1.21, 0.25, 0.24, 0.20)]]}
 
+
 def furniture(kind, x, colour):
     """The big piece of furniture that an episode puts into a room, centred at x."""
     dark, shade = mix(colour, INK, 0.35), ((-0.09, 0.20), (0.09, 0.20), (0.17, 0.46), (-0.17, 0.46))
@@ -427,6 +464,7 @@ def furniture(kind, x, colour):
     shapes = [(box, paint, x + left, top, x + right, *rest) for paint, left, top, right, *rest in boxes]
     return [LINED, *shapes] + [(polygon, colour, *[(x + dx, y) for dx, y in shade])] * (kind == "lamp")
 
+
 @lru_cache(maxsize=64)
 def draw_background(room, wall, kind, colour):
     """A room of an episode without its characters, uint8 [128, 192, 3]."""
@@ -434,6 +472,7 @@ def draw_background(room, wall, kind, colour):
     empty = [FLAT, (box, WALL_COLOURS[wall], -1, -1, 3, 2), (box, floor, -1, 0.70, 3, 2),
              (box, mix(floor, INK, 0.4), -1, 0.688, 3, 0.708)]
     return draw(HEIGHT, WIDTH, 0, 0, empty, *SCENERY[room], piece)[..., :3].round().astype(np.uint8)
+
 
 def limbs(colour, pose, hip, hip_y, shoulder, shoulder_y, reach, thick):
     """Legs and arms: legs swing when walking, an arm is up when waving, all are spread in the air."""
@@ -446,6 +485,7 @@ def limbs(colour, pose, hip, hip_y, shoulder, shoulder_y, reach, thick):
     legs = [(side * hip, hip_y, side * (hip + swing), -thick / 2) for side in (-1, 1)]
     arms = [(side * shoulder, shoulder_y, *hands[side]) for side in (-1, 1)]
     return [(line, colour, *ends, thick) for ends in legs + arms]
+
 
 def character(kind, colour, pose, side):
     """A tall cat with pointed ears or a small mouse with round ones, feet at (0, 0), looking to `side`."""
@@ -473,7 +513,9 @@ def character(kind, colour, pose, side):
                   (ellipse, INK, x + 0.014 * side, eyes + 0.004, 0.016, 0.022)]
     return [LINED, *body], [FLAT, *marks, nose]
 
+
 FEET_AT = 76.8, 32                                         # row and column of a sprite
+
 
 @lru_cache(maxsize=1024)
 def sprite(who, colour, pose, right):
@@ -481,6 +523,7 @@ def sprite(who, colour, pose, right):
     groups = character(CHARACTERS[who], CHARACTER_COLOURS[colour], pose, 1 if right else -1)
     rgba = draw(79, 64, -FEET_AT[0] / HEIGHT, -FEET_AT[1] / HEIGHT, *groups)
     return rgba[..., :3], 1 - rgba[..., 3:] / 255
+
 
 def paste(picture, drawing, colours):
     """Draws {who: (x, y, pose, facing right)} in colours {who: name} into a picture uint8 [128, 192, 3]."""
@@ -492,6 +535,7 @@ def paste(picture, drawing, colours):
         seen = np.s_[max(-top, 0):, max(-left, 0):], np.s_[:under.shape[0], :under.shape[1]]
         under[:] = under * clear[seen[0]][seen[1]] + paint[seen[0]][seen[1]] + 0.5
 
+
 def render_scene(episode, scene, height=HEIGHT):
     """uint8 [48 segments + 1, height, 1.5 height, 3]: a frame of the first drawing, four of each other."""
     pictures = np.stack([draw_background(scene.room, *episode.rooms[scene.room])] * len(scene.drawings))
@@ -501,10 +545,12 @@ def render_scene(episode, scene, height=HEIGHT):
     small = reduce(np.float32(pictures), "t (h a) (w b) c -> t h w c", "mean", a=n, b=n)
     return repeat((small + 0.5).astype(np.uint8), "t h w c -> (t fours) h w c", fours=FOURS)[FOURS - 1:]
 
+
 def render(episode, height=HEIGHT, width=WIDTH):
     """The joined video, uint8 [48 S + 1, height, width, 3]. Cuts show at frames 48 i + 1."""
     clips = [render_scene(episode, scene, height) for scene in episode.scenes]
     return np.concatenate([clips[0], *[clip[1:] for clip in clips[1:]]])
+
 
 def render_world(out, episodes, segments=21, seed=0):
     """Writes episodes as NAME.mp4 and NAME.json, to look at or to ingest."""
@@ -531,6 +577,7 @@ class Residual(nn.Module):
     def forward(self, x):
         norm = x.square().mean(1, keepdim=True).add(1e-4).rsqrt()
         return x + self.to_width(nn.functional.silu(self.to_inner(x * norm * self.gain)))
+
 
 class PocketCodec(nn.Module):
     """Small video autoencoder: 8 x 8 in space, 4 in time with the first frame alone, 16 channels, as
@@ -570,11 +617,13 @@ class PocketCodec(nn.Module):
         pixels = ((torch.cat(parts) + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
         return rearrange(pixels, "k (t c) h w -> (k t) h w c", c=3)[FOURS - 1:].numpy()
 
+
 @lru_cache(maxsize=100_000)
 def word_vector(word, dim):
     """A fixed Gaussian vector for any word, the same on every machine."""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
     return np.random.default_rng(seed).standard_normal(dim).astype(np.float32)
+
 
 class PocketText:
     """The text encoder in place of T5: half of a token's channels are its word's fixed vector, the other half
@@ -608,6 +657,7 @@ class PocketText:
                 memory = self.fade * memory + np.sqrt(1 - self.fade ** 2) * vector
         return torch.from_numpy(out)
 
+
 def cut_words(words, length, ending, where):
     """At most `length` words: what is too many goes before the last `ending` ones, with a warning."""
     if len(words) <= length:
@@ -629,6 +679,7 @@ def load_pretrained(kind, folder, part, device=None):
     network, found = kind.from_pretrained(str(folder), **settings)
     assert not found["missing_keys"], f"it lacks {min(found['missing_keys'])}"
     return network.to(device).eval().requires_grad_(False)
+
 
 class CogVideoXCodec:
     """CogVideoX's VAE: 8 x 8 in space, 4 in time with the first frame alone. `scale` multiplies its latents:
@@ -657,6 +708,7 @@ class CogVideoXCodec:
         latents = rearrange(latents / self.scale, "t C h w -> 1 C t h w").to(self.vae.device, self.vae.dtype)
         frames = rearrange(self.vae.decode(latents).sample.cpu(), "1 c t h w -> t h w c").float()
         return frames.add_(1).mul_(127.5).round_().clamp_(0, 255).byte().numpy()
+
 
 class T5Text:
     """CogVideoX's text encoder, T5: one paragraph a segment, padded to `length` tokens; as in CogVideoX
@@ -689,9 +741,11 @@ class T5Text:
             out.append(self.model(torch.tensor([ids], device=self.model.device))[0].float().cpu())
         return torch.cat(out)
 
+
 def encoder_names(codec, text_encoder):
     """What weights and latents record of the encoders that they were made with."""
     return {"codec": codec.name, "scale": codec.scale, "text_encoder": text_encoder.name}
+
 
 def open_encoders(vae=None, text_encoder=None, vae_scale=None, text_len=None, device="cpu", expected=None):
     """(codec, text encoder): CogVideoX's from the folders that are given, else the pocket world's. `text_len`
@@ -706,6 +760,7 @@ def open_encoders(vae=None, text_encoder=None, vae_scale=None, text_len=None, de
                      "CogVideoX's by --vae FOLDER, --vae_scale and --text_encoder FOLDER")
     return codec, text
 
+
 def add_encoder_flags(parser):
     add = parser.add_argument
     add("--vae", metavar="FOLDER", help="CogVideoX's folder, or its VAE's, in place of the pocket codec")
@@ -719,6 +774,7 @@ FORMAT = f"ttt-minute latents 2, segments of {SEGMENT} frames"
 VIDEO_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv .gif".split()
 SLACK = 3                                   # frames that may be missing at the end: rounding of the duration
 
+
 def open_folder(out, codec, text_encoder):
     """Makes the folder `out` unless it is somebody else's; what its index says of all files."""
     index = Path(out) / "index.json"
@@ -729,6 +785,7 @@ def open_folder(out, codec, text_encoder):
     return {"format": FORMAT, **encoder_names(codec, text_encoder), "fps": FPS, "latents": latents,
             "text": [text_encoder.length, text_encoder.dim]}
 
+
 def read_metadata(path):
     """What a file of latents says of itself; nothing if it is not there or damaged."""
     try:
@@ -736,6 +793,7 @@ def read_metadata(path):
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
+
 
 def write_latents(path, origin, latents, scenes, text_encoder):
     """Latents of segments [13, C, h, w] and scenes (paragraphs, place) -> one file."""
@@ -749,6 +807,7 @@ def write_latents(path, origin, latents, scenes, text_encoder):
     with atomic(path) as partial:
         save_file(tensors, partial, origin | facts)
 
+
 def write_index(out, made_with, paths):
     """index.json: what the folder holds, of these files those that were made in this way."""
     videos = []
@@ -759,6 +818,7 @@ def write_index(out, made_with, paths):
             videos.append({"file": path.name, "segments": len(places), "places": places})
     with atomic(Path(out) / "index.json") as partial:
         partial.write_text(json.dumps({**made_with, "videos": videos}, indent=1) + "\n")
+
 
 def make_world(folder, episodes, segments=21):
     """The pocket world's first episodes as latents in `folder`, from the renderer. What is there is kept."""
@@ -780,6 +840,7 @@ def make_world(folder, episodes, segments=21):
         list(tqdm(pool.map(work, range(episodes)), total=episodes, desc="pocket world", unit="episode"))
     write_index(folder, made_with, paths)
 
+
 def read_cuts(board):
     """NAME.json -> [(first frames of its segments, paragraphs, place)], a scene each, trimmed alike at both
     ends to whole segments."""
@@ -800,6 +861,7 @@ def read_cuts(board):
             cuts.append((starts, texts, place if place is None else one_line(place)))
     return cuts
 
+
 def read_frames(video, start, height, width):
     """uint8 [49, height, width, 3], a segment and the frame after it, from frame `start` at 16 fps on, in
     square pixels: scaled to cover the size, then cropped around the centre. UserError if ffmpeg cannot."""
@@ -815,6 +877,7 @@ def read_frames(video, start, height, width):
     missing = SEGMENT + 1 - len(frames)
     check(missing <= SLACK, f"it ends or stops decoding before {(start + SEGMENT) / FPS:.1f} s")
     return np.stack(frames + frames[-1:] * missing).reshape(-1, height, width, 3)
+
 
 def ingest(videos, out, codec, text_encoder):
     """Videos of a folder, NAME.mp4 with NAME.json, to latents in another. What is there is kept. A bad video
@@ -851,6 +914,7 @@ def returns(places):
     """Whether a place comes back after another one: A B A, A A B C A."""
     changes = [place for place, before in zip(places, [object(), *places]) if place != before]
     return len(changes) > len(set(changes)) and None not in places
+
 
 class Runs:
     """Every run of `segments` consecutive segments of the videos in `folder`; len() counts them. If there are
@@ -904,10 +968,12 @@ def write_video(path, frames):
     """Writes uint8 frames [n, height, width, 3] as an mp4 that any player opens."""
     imageio.mimwrite(path, frames, fps=FPS, quality=6.6, macro_block_size=8)
 
+
 def resize(frames, factor):
     """uint8 frames [n, h, w, 3] -> [n, factor h, factor w, 3], smoothly."""
     size = round(frames.shape[2] * factor), round(frames.shape[1] * factor)
     return np.stack([Image.fromarray(frame).resize(size, Image.LANCZOS) for frame in frames])
+
 
 def contact_sheet(frames, board, path, columns=6):
     """A picture of the video: a row a scene, its first words and frames."""
@@ -924,6 +990,7 @@ def contact_sheet(frames, board, path, columns=6):
             axes.set(xticks=[], yticks=[], xlabel=f"{moment / FPS:.1f} s")
     sheet.savefig(path)
 
+
 def save_video(frames, board, path):
     """Writes path (.mp4), and beside it the same as .gif (8 frames a second) and a contact sheet as .png."""
     factor = max(1, round(384 / frames.shape[2]))
@@ -931,6 +998,7 @@ def save_video(frames, board, path):
     smaller = resize(frames[::2], max(1, factor // 2))
     imageio.mimwrite(path.with_suffix(".gif"), smaller, duration=2000 / FPS, loop=0)
     contact_sheet(frames, board, path.with_suffix(".png"))
+
 
 @contextmanager
 def plot(path, **labels):
@@ -942,6 +1010,7 @@ def plot(path, **labels):
     axes.set(**labels)
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
 
 def plot_loss(folder):
     """loss.png from a stage's log.jsonl."""

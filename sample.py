@@ -7,6 +7,7 @@
     python sample.py --stage 18s --compare --layers local ttt_mlp       # trained layers side by side
     python sample.py --stage 18s --compare --train_seed 1               # those of ttt_minute.py --seed 1
 
+
 Writes mp4, GIF and a contact sheet, one row per scene. The sampler stands in ttt_minute.py: `generate`.
 """
 
@@ -50,9 +51,11 @@ LIKE = 0.12                     # error of a pixel (of 0 ... 1) up to which it c
 # fits, [FRAMES]; the colour, the same in all drawings.
 Track = namedtuple("Track", "drawings error colour")
 
+
 def half(pictures):
     """float32 [..., h, w, c] at half the size."""
     return reduce(np.float32(pictures), "... (h a) (w b) c -> ... h w c", "mean", a=2, b=2)
+
 
 @lru_cache(maxsize=None)
 def backgrounds():
@@ -61,6 +64,7 @@ def backgrounds():
     names = dataset.ROOMS, dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS
     known = list(itertools.product(*names))
     return known, half([dataset.draw_background(*room) for room in known]) / 255
+
 
 @lru_cache(maxsize=None)
 def sprites(who):
@@ -73,6 +77,7 @@ def sprites(who):
     paint, clear = (rearrange(torch.from_numpy(x), "K h w c -> K c h w") for x in (paint, clear))
     mask = (clear < 0.5).float()
     return keys, paint / (1 - clear).clamp_min(0.5) * mask, mask
+
 
 @torch.no_grad()
 def read_track(pictures, who, view):
@@ -99,6 +104,7 @@ def read_track(pictures, who, view):
     drawings = [(*feet, pose, right) for *feet, (_, pose, right) in zip(x, y, found)]
     return Track(drawings, best.values[colour].numpy(), found[0][0])
 
+
 def draw(background, tracks):
     """uint8 [FRAMES, 128, 192, 3]: a room, and everybody where they were seen."""
     pictures = repeat(background, "h w c -> n h w c", n=FRAMES).copy()
@@ -107,6 +113,7 @@ def draw(background, tracks):
         seen = {who: track.drawings[n] for who, track in tracks.items() if track.error[n] < THERE}
         dataset.paste(picture, seen, colours)
     return pictures
+
 
 def read_segment(frames):
     """uint8 frames [SEGMENT, 64, 96, 3] -> the room's name, what is hidden about it (wall, furniture, its
@@ -130,6 +137,7 @@ ROOM = "wall", "furniture", "furniture's colour"                        # what a
 HIDDEN = dict(zip(ROOM, (dataset.WALL_COLOURS, dataset.FURNITURE, dataset.FURNITURE_COLOURS)))
 CHANCE = {name: 1 / len(HIDDEN.get(name, CHARACTER_COLOURS)) for name in (*ROOM, *CHARACTERS)}
 
+
 def deed(drawings):
     """What somebody does in a segment, as the text would say it: (verb, from where, to where)."""
     x, y, poses, _ = map(np.array, zip(*drawings))
@@ -142,6 +150,7 @@ def deed(drawings):
         return "jump", start, end
     return "wave" if sum(pose.startswith("wave") for pose in poses) > FRAMES / 4 else "stand", start, end
 
+
 def natural(track):
     """Fraction of the steps between drawings in which a character neither vanishes, nor moves farther than it
     can run or jump, nor jitters."""
@@ -149,6 +158,7 @@ def natural(track):
     there, far = track.error < THERE, (np.abs(dx) > 1.32 / FRAMES) | (np.abs(dy) > 1.44 / FRAMES)
     back = (dx[1:] * dx[:-1] < 0) & (np.minimum(np.abs(dx[1:]), np.abs(dx[:-1])) > 0.02)
     return np.mean(there[1:] & there[:-1] & ~far & ~np.append(False, back))
+
 
 def evaluate(frames, episode):
     """Reads a video of an episode, uint8 frames [SEGMENT S + 1, h, w, 3]. Returns
@@ -184,6 +194,7 @@ def evaluate(frames, episode):
                 returns.append((what, i - then, float(consistency[-1])))
     return {name: mean_and_error(values)[0] for name, values in scores.items()}, returns
 
+
 def mean_and_error(values):
     """The mean of all that is not nan, and its standard error; nan where there is too little."""
     values = [float(value) for value in values if not np.isnan(value)]
@@ -203,6 +214,7 @@ def stories_that_return(segments, videos):
             found.append(episode)
     return found
 
+
 def other_pasts(episode, stranger):
     """The same story with other colours: {what is different: Episode}."""
     place = episode.scenes[-1].room
@@ -214,6 +226,7 @@ def other_pasts(episode, stranger):
             "rooms exchanged": replace(episode, rooms=rooms),
             "characters recoloured": replace(episode, colours=dict(zip(episode.colours, free))),
             "characters swapped": replace(episode, colours=dict(zip(episode.colours, colours[::-1])))}
+
 
 @torch.no_grad()
 def memory_in_loss(model, codec, text_encoder, segments, videos=16, levels=(640, 760, 880)):
@@ -267,6 +280,7 @@ def score(args, model, codec, text_encoder, segments, seeds, files):
         found["returns"] += returns
     return found, videos[0]
 
+
 def summary(found):
     """A column of the table, {line: text}."""
     lines = {}
@@ -281,12 +295,14 @@ def summary(found):
         lines |= {f"{name} at t {t}": "%+.4f +- %.4f" % value for name, value in losses.items()}
     return {line: text.replace(" +- nan", "").replace("nan", "-") for line, text in lines.items()}
 
+
 def print_table(columns, note):
     """{head: {line: text}}, all with the same lines, and a note below."""
     for line in ("", *next(iter(columns.values()))):
         cells = [column[line] if line else head for head, column in columns.items()]
         print(f"{line:<34}" + "".join(f"{cell:>22}" for cell in cells))
     print(note)
+
 
 def plot_consistency(found, path):
     """Temporal consistency against the segments since the first appearance, one line per layer."""
@@ -298,6 +314,7 @@ def plot_consistency(found, path):
             axes.plot(distances, means, marker="o", label=layer)
         axes.axhline(np.mean([CHANCE[name] for name in ROOM]), color="0.6", linestyle=":", label="chance")
         axes.locator_params(axis="x", integer=True)
+
 
 def side_by_side(videos, folder):
     """The same story by several layers, {layer: uint8 frames [n, h, w, 3]}, in columns: comparison.gif plays
@@ -327,12 +344,14 @@ def elo(wins, shared=0.0):
         strength = strength / strength.log().mean(-1, keepdim=True).exp()
     return 1000 + 400 * strength.log10()
 
+
 def elo_errors(wins, resamples=200, shared=0.0):
     """Standard deviation [n] of elo if each pair's votes are drawn again with replacement: the bootstrap."""
     votes = (wins + wins.mT).expand(resamples, *wins.shape)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.binomial(votes, (wins / votes).nan_to_num(), generator=generator).triu(1)
     return elo(drawn + (votes.triu(1) - drawn).mT, shared).std(0)
+
 
 def print_elo(path):
     """--elo: the paper's table from what vote.html saved: a row a layer, a column an axis and one for all."""
@@ -347,6 +366,7 @@ def print_elo(path):
         pairs = zip(elo(own, 0.5).tolist(), elo_errors(own, shared=0.5).tolist())
         columns[name] = dict(zip(layers, ["%.0f +- %3.0f" % pair for pair in pairs]))
     print_table(columns, f"{len(votes)} votes; +-: standard deviation over 200 bootstrap resamples")
+
 
 def write_vote_page(videos, path, texts=()):
     """A page that asks people: blind pairs of {layer: mp4 files, one a story} in random order, four axes."""
@@ -388,6 +408,7 @@ def parse_arguments():
     add("--shard", type=count, metavar="N", help="torchrun: N processes share the weights (default all)")
     return parser.parse_args()
 
+
 def open_stage(args, config, device):
     """A trained stage: its file, its facts, and the codec and text encoder that it was trained with."""
     path = find_checkpoint(args.out_dir, config, args.stage)
@@ -396,6 +417,7 @@ def open_stage(args, config, device):
     facts = read_facts(path)
     return path, facts, *dataset.open_encoders(args.vae, args.text_encoder, args.vae_scale,
                                                facts["config"]["text_len"], device, facts["encoders"])
+
 
 def compare(args, configs, segments, device):
     """Scores those layers that are trained, by configs, on the same stories, and shows them side by side."""
@@ -427,6 +449,7 @@ def compare(args, configs, segments, device):
             "in a place seen before, and how much it rises when the scenes before it had other colours")
     print_table({layer: summary(own) for layer, own in found.items()}, note)
     print(f"look at comparison.png and comparison.gif, or ask people with vote.html, in {folder}")
+
 
 def main():
     args = parse_arguments()

@@ -313,7 +313,7 @@ def delta_step_by_step(q, k, v, g, beta):
     return torch.stack(out, dim=2), S
 
 
-def ssd_inputs(L, B=2, H=4, P=6, G=2, N=5):
+def ssd_inputs(L, B=2, H=4, P=6, G=1, N=5):
     normal = normals()
     return normal(B, H, L, P), normal(B, H, L).abs(), -normal(H).abs(), normal(B, G, L, N), normal(B, G, L, N)
 
