@@ -787,7 +787,7 @@ def test_the_essay_alone_trains_and_samples_and_the_length_of_a_segment_has_one_
         text = re.sub(r"(?m)^SECONDS = 3", "SECONDS = 2", (HERE / name).read_text())
         (tmp_path / name).write_text(text)
     (tmp_path / "assets").symlink_to(HERE / "assets")
-    (tmp_path / "story.txt").write_text(dataset.storyboard_text(dataset.episode(dataset.TEST_SEEDS, 4)))
+    (tmp_path / "story.txt").write_text("\n\n".join(segment.text for segment in dataset.held_out(4)))
     train = ["--stage", "9s", *SMALL, "--steps", 2, "--episodes", 1]
     show = ["--stage", "9s", "--steps", 2, "--device", "cpu"]
     start = ["--init_from", "out/pocket-local/pretrain/model.safetensors"]
@@ -881,8 +881,7 @@ MISTAKES = {
                  "--data nowhere", "--out_dir FILE", "--head_width 20"],
     sample: ["--layer swa", "--seed -999999", "--steps 0", "--out FILE/a.mp4", "--out a.avi", "--vae nowhere",
              "--guidance 1 nan", "--storyboard FILE", "--storyboard nowhere.txt"],
-    dataset: ["--render 1 --out FILE", "--storyboard -1", "--out a --ingest nowhere",
-              "--ingest a --out b --pixels 100 100"]}
+    dataset: ["--render 1 --out FILE", "--storyboard -1", "--out a --ingest nowhere"]}
 
 
 @pytest.mark.parametrize("module", MISTAKES)
@@ -1070,8 +1069,8 @@ def test_a_storyboard_is_read_in_three_formats(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("a.txt", "<start_scene>One.\n\nTwo.", "paragraph 2.*<end_scene>"), ("a.txt", " \n", "a.txt"),
-    ("a.txt", "<start_sceen>One.<end_scene>", "<start_sceen>"), ("a.doc", "One.", "storyboard is"),
+    ("a.txt", " \n", "a.txt"), ("a.txt", "<start_sceen>One.<end_scene>", "<start_sceen>"),
+    ("a.doc", "One.", "storyboard is"),
     ("a.json", "[[{", "a.json"), ("a.jsonl", '[{"text": " "}]', "segment 1.*text")])
 def test_a_faulty_storyboard_is_explained(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
@@ -1150,7 +1149,7 @@ def test_runs_overlap_share_the_border_latent_and_return_to_a_place_if_any_do(wo
 @pytest.mark.parametrize("scenes, message", [
     (None, "film.json"), ("text", "list of scenes"), ([dict(start="soon", end=9, segments=["One."])], "soon"),
     ([dict(start=0, end=2 * SECONDS + 0.5, segments=["One."])], "2.*1"),
-    ([dict(start=0, end=30 * SECONDS, segments=["One."] * 30)], f"{30 * SECONDS}.0 s")])
+    ([dict(start=0, end=30 * SECONDS, segments=["One."] * 30)], f"{3 * SECONDS}.0 s")])
 def test_a_video_that_cannot_be_used_is_named_and_the_others_are_kept(scenes, message, tmp_path):
     film(tmp_path / "videos", scenes=scenes)
     film(tmp_path / "videos", "e01:good", SECONDS + 1, ONE)            # no protocol of ffmpeg's
@@ -1202,7 +1201,7 @@ def test_the_truth_scores_full_marks_and_through_the_codec_nearly(truth):
 
 
 def hidden(episode, what):
-    return dataclasses.astuple(episode.rooms[what]) if what in episode.rooms else (episode.colours[what],)
+    return episode.rooms[what] if what in episode.rooms else (episode.colours[what],)
 
 
 def test_segments_of_other_episodes_lose_consistency_and_nothing_else(truth):
