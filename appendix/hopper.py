@@ -621,7 +621,7 @@ class Warp:
         last = self.group - 1 - left
         self.catch_up(last)
         self.products = [(group, d) for group, d in self.products if group > last]
-        self.clock[self.products_agent] = last + 1
+        self.clock[self.products_agent] = max(self.clock[self.products_agent], last + 1)
         for d in self.sums.keys() - {d for _, d in self.products}:
             self.R |= zip(d, self.sums.pop(d))
 
@@ -865,9 +865,10 @@ class Chip:
     def __init__(self, source=KERNEL, seed=0, races=False, watch=None, watched=None):
         self.seed, self.races, self.watch, self.watched = seed, set() if races else None, watch, watched
         ptx, library = build(source)
-        self.source, self.places, self.programs = Path(source).read_text().splitlines(), {(): 0}, {}
+        self.source, self.places = Path(source).read_text().splitlines(), {(): 0}
         entries = ptx.read_text().split("\t.section")[0].split(".visible .entry ")[1:]
         self.texts = {entry.split("(")[0]: entry for entry in entries}
+        self.program = functools.cache(lambda name: Program(self, self.texts[name]))
         self.error, self.memory, self.steps, self.library = None, None, 0, ctypes.CDLL(str(library))
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint,
                                 ctypes.c_void_p, ctypes.c_size_t)
@@ -882,11 +883,6 @@ class Chip:
         line, *inner = self.lines(place) or [0]
         inner = f" > {' > '.join(map(str, inner))}" if inner else ""
         return f"line {line}{inner} [{self.source[line - 1].split('//')[0].strip()}]"
-
-    def program(self, name):
-        if name not in self.programs:
-            self.programs[name] = Program(self, self.texts[name])
-        return self.programs[name]
 
     def start(self, name, grid, threads, parameters, shared):
         """What a launch comes to: every cluster of the grid, one after the other."""
@@ -935,13 +931,12 @@ class Chip:
         dout, dlast = dout.to(q).contiguous(), [x.to(eta).contiguous() for x in dlast]
         B, H, L, _ = q.shape
         gradients = [torch.empty_like(x) for x in (q, k, v, eta)]
-        gradients += [eta.new_empty(B, H, 64) for _ in range(2)]
-        dW = [torch.empty_like(w) for w in W]
+        gradients += [eta.new_empty(B, H, 64) for _ in range(2)] + [torch.empty_like(w) for w in W]
         scratch = eta.new_empty(B * H * tp * every * self.library.ttt_scratch_bytes(tp) // 4)
-        tensors = (q, k, v, dout, *gradients[:3], eta, gamma, beta, *gradients[3:], *dlast, *dW, *kept,
-                   scratch)
+        tensors = (q, k, v, dout, *gradients[:3], eta, gamma, beta, *gradients[3:6], *dlast, *gradients[6:],
+                   *kept, scratch)
         self.launch("ttt_backward", tensors, (B, H, L), every, eps, tp)
-        return *gradients, *dW
+        return gradients
 
     def report(self):
         """The races found, in words."""
