@@ -1381,6 +1381,153 @@ def assert_within_gates(weights, inputs, scan):
         assert error <= (2e-2 if name.startswith("d ") else 5e-3), f"{name}: {error:.1e}"
 
 
+class Emulated:
+    """ttt_kernel.cu in torch, for machines without nvcc, used as hopper.Chip: state, statistics and sums in
+    fp32, operands of products bf16, E over tp shards. Not `rounded`, in float64, it must be exact."""
+
+    def __init__(self, rounded=True):
+        self.R = (lambda x: x.to(torch.bfloat16).to(x.dtype)) if rounded else lambda x: x
+        self.dtype = torch.float32 if rounded else torch.float64
+
+    def cut(self, x):
+        """[B, H, L, .] -> [M, B H, 64, .]; what lies behind the end reads as zeros, as TMA fills it in."""
+        return rearrange(nnf.pad(x, (0, 0, 0, -self.L % 64)), "B H (M b) F -> M (B H) b F", b=64)
+
+    def join(self, x):
+        return rearrange(x, "M (B H) b F -> B H (M b) F", B=self.videos)[:, :, :self.L]
+
+    def shards(self, *pairs):
+        """The sum over the cluster: every shard adds its own products, then shards are added in pairs."""
+        own = lambda rank: [x.chunk(self.tp, dim=-1)[rank] @ w.chunk(self.tp, dim=-2)[rank] for x, w in pairs]
+        parts = [sum(own(rank)) for rank in range(self.tp)]
+        while len(parts) > 1:
+            parts = [one + two for one, two in zip(parts[::2], parts[1::2])]
+        return parts[0]
+
+    def normalise(self, Z):
+        Z = Z - Z.mean(-1, keepdim=True)
+        r = torch.rsqrt(Z.square().mean(-1, keepdim=True) + 1e-8)
+        return Z * r, r
+
+    def learn(self, W, t):
+        """Steps 1 to 5 at mini-batch t: the new W, and what a backward pass saves (D1 = -G1, D2 = -G2)."""
+        R, (W1, b1, W2, b2), k = self.R, W, self.k[t]
+        X2, slope, _ = kernels.gelu_derivatives(k @ R(W1) + b1, order=2)
+        X2, slope = R(X2), R(slope)
+        Z2 = self.shards((X2, R(W2))) + b2
+        xh, r = self.normalise(Z2)
+        p = self.gamma * (self.gamma * xh + self.beta - (self.v[t] - k))
+        D2 = -self.eta[t] * r * (p - p.mean(-1, keepdim=True) - xh * (p * xh).mean(-1, keepdim=True))
+        D1 = (R(D2) @ R(W2).mT) * slope
+        new = (W1 + k.mT @ R(D1), b1 + D1.sum(-2, keepdim=True),
+               W2 + X2.mT @ R(D2), b2 + D2.sum(-2, keepdim=True))
+        return new, (X2, R(D1), R(D2), xh, r)
+
+    def read(self, W, t):
+        R, (W1, b1, W2, b2) = self.R, W
+        X2 = R(nnf.gelu(self.q[t] @ R(W1) + b1, approximate="tanh"))
+        xh, _ = self.normalise(self.shards((X2, R(W2))) + b2)
+        return R(self.q[t] + self.gamma * xh + self.beta)
+
+    def forward(self, arguments, every, tp):
+        q, k, v, eta, gamma, beta, W1, b1, W2, b2 = (x.to(self.dtype) for x in arguments)
+        self.videos, _, self.L, _ = q.shape
+        self.first = [x.flatten(0, 1) for x in (W1, b1[:, :, None], W2, b2[:, :, None])]
+        self.q, self.k, self.v, self.eta = map(self.cut, (q, k, v, eta[..., None]))
+        self.gamma, self.beta = (x[:, None].repeat(self.videos, 1, 1) for x in (gamma, beta))
+        self.every, self.tp = every, tp
+        W, out, kept = self.first, [], []
+        for t in range(len(self.q)):
+            if t % self.every == 0:
+                kept.append(W)
+            W, _ = self.learn(W, t)
+            out.append(self.read(W, t))
+        return self.join(torch.stack(out)), [w.reshape(x.shape) for w, x in zip(W, arguments[6:])], kept
+
+    def backward(self, arguments, kept, dout, dW, every, tp):
+        """Gradients of q, k, v, eta, gamma, beta (by video) and the first W, by replaying and rewinding each
+        group; `drift` is how far a rewound W is from the one it was."""
+        R, gamma, mean = self.R, self.gamma, lambda x: x.mean(-1, keepdim=True)
+        D = self.cut(dout.to(self.q.dtype))
+        dq, dk, dv, deta = (torch.zeros_like(x) for x in (self.q, self.k, self.v, self.eta))
+        dgamma, dbeta = torch.zeros_like(gamma), torch.zeros_like(gamma)
+        d1, c1, d2, c2 = (x.to(self.q.dtype).reshape(w.shape).clone() for x, w in zip(dW, self.first))
+        over = lambda x: x.sum(-2, keepdim=True)
+        self.drift = 0
+        for start in reversed(range(0, len(self.q), self.every)):
+            W, saved, biases = kept[start // self.every], {}, {}
+            steps = range(start, min(start + self.every, len(self.q)))
+            for t in steps:
+                biases[t] = W[1], W[3]
+                W, saved[t] = self.learn(W, t)
+            for t in reversed(steps):
+                X2, D1, D2, xh, r = saved[t]
+                k, q, eta = self.k[t], self.q[t], self.eta[t]
+                W1, b1, W2, b2 = W
+                # 1-4: the output branch, at the updated W
+                Xb, slope, _ = kernels.gelu_derivatives(q @ R(W1) + b1, order=2)
+                Xb, slope = R(Xb), R(slope)
+                xhb, rb = self.normalise(self.shards((Xb, R(W2))) + b2)
+                dgamma, dbeta, p = dgamma + over(D[t] * xhb), dbeta + over(D[t]), D[t] * gamma
+                U2 = rb * (p - mean(p) - xhb * mean(p * xhb))
+                U1 = (R(U2) @ R(W2).mT) * slope
+                d1, c1 = d1 + q.mT @ R(U1), c1 + over(U1)
+                d2, c2 = d2 + Xb.mT @ R(U2), c2 + over(U2)
+                dq[t] = D[t] + self.shards((R(U1), R(W1).mT))
+                # 5: rewind
+                W1, W2, (b1, b2) = W1 - k.mT @ D1, W2 - X2.mT @ D2, biases[t]
+                W = W1, b1, W2, b2
+                # 6: through the update and the inner gradient
+                _, slope, bend = kernels.gelu_derivatives(k @ R(W1) + b1, order=2)
+                slope, bend = R(slope), R((D2 @ R(W2).mT) * R(bend))
+                A1 = k @ R(d1) + c1
+                N, Z1 = R(A1 * slope), R(A1 * bend)
+                # 7: the second order of the LayerNorm
+                dG = -(self.shards((X2, R(d2)), (N, R(W2))) + c2)
+                e = gamma * xh + self.beta - (self.v[t] - k)
+                p = gamma * e
+                s = mean(p * xh)
+                G = r * (p - mean(p) - xh * s)
+                deta[t], U = (dG * G).sum(-1, keepdim=True), eta * dG
+                u, along = mean(U * xh), mean(U * G)
+                w = r * (U - mean(U) - xh * u)
+                h = gamma * gamma * w
+                dZ2 = r * (h - mean(h) - xh * mean(h * xh) - s * w - u * G - xh * along)
+                dgamma, dbeta = dgamma + over(w * (e + gamma * xh)), dbeta + over(gamma * w)
+                dv[t] = R(-gamma * w)
+                # 8, 9: through the first forward pass
+                dZ1 = (D2 @ R(d2).mT + R(dZ2) @ R(W2).mT) * slope + Z1
+                dk[t] = self.shards((D1, R(d1).mT), (R(dZ1), R(W1).mT)) - dv[t]
+                d1, c1 = d1 + k.mT @ R(dZ1), c1 + over(dZ1)
+                d2, c2 = d2 + N.mT @ D2 + X2.mT @ R(dZ2), c2 + over(dZ2)
+            old = kept[start // self.every]
+            self.drift = max(self.drift, *(relative(w, o) for w, o in zip(W, old) if w.shape[-2] > 1))
+        by_video = lambda x, shape: rearrange(x, "(B H) a b -> B H a b", B=self.videos).reshape(shape)
+        return [self.join(R(dq)), self.join(R(dk)), self.join(dv), self.join(deta)[..., 0],
+                *(by_video(x, (self.videos, -1, x.shape[-1])) for x in (dgamma, dbeta)),
+                *(by_video(x, w.shape) for x, w in zip((d1, c1, d2, c2), dW))]
+
+
+def execute(chip, every, tp, weights, inputs):
+    """What scan_gradients returns, by the kernel as executed or emulated."""
+    arguments = chip_arguments(weights, inputs)
+    out, last, kept = chip.forward(arguments, every, tp)
+    dout, *dlast = [normals(torch.bfloat16)(*y.shape) for y in (out, *last)]
+    gradients = chip.backward(arguments, kept, dout, dlast, every, tp)
+    ln, W = ([x.sum(0) for x in own] for own in (gradients[4:6], gradients[6:]))      # they come by video
+    return dict(zip(result_names(weights), (out, *last, *W, *gradients[:4], *ln)))
+
+
+@pytest.mark.parametrize("every, L, tp", [(16, 1024, 2), (3, 449, 4), (16, 64, 4)])
+def test_the_kernels_algorithm_is_exact_and_its_rounding_within_the_gates(every, L, tp):
+    """Shards, replay and rewinding change nothing in float64."""
+    inputs, exact, rounded = chip_inputs(1, 2, L), Emulated(rounded=False), Emulated()
+    errors = kernel_errors("mlp", *inputs, 64, functools.partial(execute, exact, every, tp))
+    assert max(errors.values()) < 1e-12 and exact.drift < 1e-14
+    assert_within_gates(*inputs, functools.partial(execute, rounded, every, tp))
+    assert rounded.drift < 1e-6
+
+
 EXECUTED_CASES = [(1, 1, 200, 3, 4), (1, 2, 64, 16, 2), (1, 1, 65, 1, 4)]
 EXECUTED_CASES += [pytest.param(*case, marks=SLOW) for case in
                    [(1, 4, 1, 16, 2), (1, 4, 1, 16, 4), (2, 2, 130, 1, 2), (1, 1, 449, 3, 4),
@@ -1390,16 +1537,6 @@ EXECUTED_CASES += [pytest.param(*case, marks=SLOW) for case in
 @functools.cache
 def executed(source=hopper.KERNEL):
     return hopper.Chip(source)
-
-
-def execute(chip, every, tp, weights, inputs):
-    """What scan_gradients returns, by the executed kernel."""
-    arguments = chip_arguments(weights, inputs)
-    out, last, kept = chip.forward(arguments, every, tp)
-    dout, *dlast = [normals(torch.bfloat16)(*y.shape) for y in (out, *last)]
-    gradients = chip.backward(arguments, kept, dout, dlast, every, tp)
-    ln, W = ([x.sum(0) for x in own] for own in (gradients[4:6], gradients[6:]))      # they come by video
-    return dict(zip(result_names(weights), (out, *last, *W, *gradients[:4], *ln)))
 
 
 @pytest.mark.skipif(not shutil.which("nvcc") or not os.environ.get("THUNDERKITTENS_ROOT"),

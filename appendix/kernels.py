@@ -1,6 +1,6 @@
 """The scan of ttt_minute.py, section 4, made fast: three more backends for ttt_scan, the same numbers.
 
-    torch      the primal form with its backward pass in closed form; takes everything
+    torch      the primal form with its backward pass in closed form, for linear and mlp
     triton     one kernel a pass; NVIDIA GPUs since Ampere, heads of 32 or 64, mini-batches of 16, 32 or 64,
                bf16 or fp32
     cuda       ttt_kernel.cu: TTT-MLP with its hidden state on chip (paper, 3.5 and appendix B); Hopper GPUs,
@@ -23,7 +23,7 @@ import torch
 from einops import pack, unpack
 from torch.autograd.function import once_differentiable
 
-from dataset import UserError, atomic, say
+from dataset import UserError, atomic, warn
 
 # 1. The backward pass in closed form, in torch ------------------------------------------------------------
 #
@@ -524,7 +524,8 @@ def scan(backend, scan_in_torch, kind, weights, q, k, v, eta, ln_gamma, ln_beta,
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else q.dtype
     precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
     chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    fits = {"torch": True, "cuda": chip == (9, 0) and (kind, F, b, precision) == ("mlp", 64, 64, "bf16"),
+    fits = {"torch": kind in ("linear", "mlp"),
+            "cuda": chip == (9, 0) and (kind, F, b, precision) == ("mlp", 64, 64, "bf16"),
             "triton": triton and (chip >= (8, 0) or EMULATED) and F in (32, 64) and b in (16, 32, 64)
                       and precision in ("bf16", "fp32")}
     case = kind, F, b, precision, device
@@ -556,5 +557,5 @@ def agrees(scan_in_torch, kind, F, b, precision, device):
         assert worst <= {"fp32": 1e-3, "bf16": 1e-1}[precision], f"it is off by {worst:.2g}"
         return True
     except Exception as error:                                # whatever a compiler or a driver may say
-        say(f'ttt_scan: backend "triton" does not do here, {error!r}; taking "torch"')
+        warn(f'ttt_scan: backend "triton" does not do here, {error!r}; taking "torch"')
         return False
