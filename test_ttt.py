@@ -7,6 +7,7 @@
     python test_ttt.py --bench                # time and memory of the scan and of a training step
 """
 
+import ast
 import argparse
 import dataclasses
 import functools
@@ -462,6 +463,20 @@ def test_with_closed_gates_every_layer_is_cogvideox(layer, shape, tmp_path):
     assert_equal_to_diffusers(theirs, model, 3 if layer == "full" else 1)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_in_mixed_precision_as_on_a_gpu_loss_and_gradients_stay_close(layer):
+    torch.manual_seed(0)
+    model, gradients = DiT(dataclasses.replace(TINY, layer=layer)), []
+    latents, text = random_latents(TINY, 2)
+    for mixed in False, True:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = diffusion_loss(model, latents, text, torch.tensor([500]), -latents)
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert relative(gradients[1], gradients[0]) < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_return_to_diffusers_bit_for_bit(dtype, tmp_path):
     """From a pipeline's folder, in shards."""
@@ -470,6 +485,24 @@ def test_weights_return_to_diffusers_bit_for_bit(dtype, tmp_path):
     DiT.from_cogvideox(tmp_path / "a").save_cogvideox(tmp_path / "b", dtype=dtype)
     again = type(theirs).from_pretrained(tmp_path / "b", torch_dtype=dtype).state_dict()
     assert same(again, theirs.state_dict())
+
+
+def test_a_folder_that_is_not_cogvideoxs_network_is_named(tmp_path):
+    """Another network, weights too many or too few, half a download, git-lfs's pointer, pickles, nothing."""
+    diffusers_cogvideox(tmp_path / "good")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 22000000000\n"
+    changes = [("norm_eps", 1e-6), ("use_rotary_positional_embeddings", False), ("num_layers", 3),
+               ("num_layers", 1), ("weights", b"cut"), ("weights", pointer), ("weights", None)]
+    for n, (part, content) in enumerate(changes):
+        folder = shutil.copytree(tmp_path / "good", tmp_path / f"bad{n}")
+        config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {part: content}, default=str))
+        if part == "weights":
+            weights.write_bytes(content) if content else weights.rename(weights.with_suffix(".bin"))
+        with pytest.raises(UserError, match=re.escape(str(folder))):
+            DiT.from_cogvideox(folder)
+    with pytest.raises(UserError, match="nowhere"):
+        DiT.from_cogvideox(tmp_path / "nowhere")
 
 
 @pytest.fixture(scope="session")
@@ -805,6 +838,31 @@ def test_the_essay_alone_trains_and_samples_and_the_length_of_a_segment_has_one_
     assert frames_of(tmp_path / "out/pocket-full/9s/video.mp4") == 4 * 2 * dataset.FPS + 1
 
 
+def test_no_import_runs_in_a_circle_and_the_essay_needs_no_appendix():
+    files = [path for path in (*HERE.glob("*.py"), *HERE.glob("appendix/*.py")) if path.name != "test_ttt.py"]
+    names, graph, at_the_top = {path.stem for path in files}, {}, {}
+    for path in files:
+        tree = ast.parse(path.read_text())
+        for found, nodes in (graph, ast.walk(tree)), (at_the_top, tree.body):
+            words = set()
+            for node in nodes:
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    words |= {*str(getattr(node, "module", "")).split(".")}
+                    words |= {alias.name for alias in node.names}
+            found[path.stem] = words & names
+    assert graph["ttt_minute"] > at_the_top["ttt_minute"] == {"dataset"} and not graph["dataset"]
+    while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+    assert not graph
+
+
+@pytest.mark.parametrize("flag", ["--recompute", pytest.param("--compile", marks=SLOW)])
+def test_recomputing_and_compiling_change_nothing_but_time_and_memory(flag, trained, to_3s, tmp_path):
+    assert run(ttt_minute, *to_3s, "--eta_mlp", 11, flag) == 0
+    expected = weights_of(trained)
+    assert all(relative(x, expected[name]) < 1e-4 for name, x in weights_of(tmp_path).items())
+
+
 def test_a_stage_never_starts_over_a_trained_one_or_another_run(trained, world, tmp_path, capsys):
     flags = ["--stage", "3s", "--data", world, "--out_dir", tmp_path, *SMALL, "--eta_mlp", 11]
     start = "--init_from", trained / "pocket-local/pretrain/model.safetensors"
@@ -871,6 +929,20 @@ def test_after_kill_9_a_run_goes_on_and_ends_with_the_same_weights(kill, state, 
     assert ttt_minute.whole_states(folder)[-1].name == state
     assert run(ttt_minute, *flags, "--resume") == 0 and same(weights_of(tmp_path), weights_of(trained))
     assert [path.name for path in ttt_minute.whole_states(folder)] == ["000003", "000004"]
+
+
+def test_nan_stops_the_run_and_names_the_last_good_state(to_3s, tmp_path, monkeypatch, capsys):
+    draw = ttt_minute.draw
+
+    def spoilt(*args):
+        for latents, *rest in draw(*args):
+            yield latents * (math.nan if args[4] == 2 else 1), *rest
+
+    monkeypatch.setattr(ttt_minute, "draw", spoilt)
+    assert run(ttt_minute, *to_3s, "--checkpoint_every", 1) != 0
+    error = capsys.readouterr().err
+    assert "step 2 of stage 3s" in error and "state/000002" in error and "Traceback" not in error
+    assert not (tmp_path / "pocket-ttt_mlp/3s/model.safetensors").exists()
 
 
 MISTAKES = {
@@ -1125,6 +1197,25 @@ def test_real_footage_is_resampled_cropped_trimmed_evenly_and_cut_into_segments(
     assert [segment.text for segment in runs.storyboard(0)] == words
 
 
+def test_pictures_have_the_shape_in_which_a_player_shows_them(tmp_path):
+    """Pixels twice as wide as high, and a telephone held upright: red grows to the right, green downwards."""
+    import imageio_ffmpeg
+    y, x = np.mgrid[0:96, 0:96] / 95 * 255
+    picture, upright = np.stack([x, y, 0 * x], axis=-1).astype(np.uint8), tmp_path / "upright.mp4"
+    for name, options in ("wide", ["-vf", "setsar=2"]), ("flat", []):
+        writer = imageio_ffmpeg.write_frames(str(tmp_path / f"{name}.mp4"), (96, 96), output_params=options)
+        for frame in [None] + 80 * [picture]:
+            writer.send(frame)
+        writer.close()
+    frame = dataset.read_frames(tmp_path / "wide.mp4", 0, 64, 96)[0].astype(int)        # of 2 : 1 3/4 stay
+    assert abs(frame[:, 0, 0].mean() - 255 / 8) < 8 and abs(frame[:, -1, 0].mean() - 255 * 7 / 8) < 8
+    assert frame[0, :, 1].mean() < 8 and frame[-1, :, 1].mean() > 247
+    turn = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", "90", "-i"]
+    subprocess.run([*turn, tmp_path / "flat.mp4", "-c", "copy", upright], check=True)
+    frame = dataset.read_frames(upright, 0, 64, 64)[0].astype(int)
+    assert np.ptp(frame[:, 32, 0]) > 200 and np.ptp(frame[32, :, 0]) < 20
+
+
 def test_runs_overlap_share_the_border_latent_and_return_to_a_place_if_any_do(world, tmp_path):
     one, long, expected = dataset.Runs(world, 1), dataset.Runs(world, 3), []
     assert len(one) == 12
@@ -1346,6 +1437,23 @@ def test_the_triton_kernels_compile_for_chips_that_need_not_be_here(kernel, chip
     source = triton.compiler.ASTSource(function, signature, values, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", chip, 32)
     assert triton.compile(source, target=target, options=options).metadata.shared <= 1024 * shared
+
+
+def trusted(factor):
+    """What "auto" would think of Triton here, if gradients on its step sizes were wrong by this factor."""
+    scan = kernels.scan_by_kernel
+
+    def wrong(how, W, q, k, v, eta, *rest):
+        return scan(how, W, q, k, v, eta + factor * (eta - eta.detach()), *rest)
+
+    kernels.agrees.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "scan_by_kernel", wrong)
+        return kernels.agrees(ttt_minute.scan_in_torch, "linear", 32, 16, "fp32", CPU)
+
+
+def test_auto_trusts_a_kernel_only_after_it_agreed_with_torch_on_this_machine(interpreter):
+    assert interpreter(trusted, 0.0) and not interpreter(trusted, 0.02)
 
 
 @pytest.mark.gpu
