@@ -163,16 +163,16 @@ def test_the_state_stays_in_fp32_when_the_inputs_are_bf16():
 def test_the_inner_loop_learns_what_it_is_shown():
     """Eight keys with fixed values, shown again and again: f recalls them better and better."""
     config, normal, cosine = Config(), normals(torch.float32), []
-    F, b, std = config.head_width, config.mini_batch, config.ttt_std
+    F, b, f = config.head_width, config.mini_batch, ttt_minute.INNER["mlp"]
     k, target = nnf.normalize(normal(8, F), dim=-1), nnf.layer_norm(normal(8, F), (F,))
-    weights = [std * normal(1, F, 4 * F), torch.zeros(1, 4 * F), std * normal(1, 4 * F, F), torch.zeros(1, F)]
+    weights = [mean + std * normal(1, *f.shapes(F)[name]) for name, (mean, std) in f.first.items()]
     for tokens in 64, 256, 1024:
         keys = k.repeat(tokens // 8, 1)[None, None]
         values = keys + target.repeat(tokens // 8, 1)
         eta = torch.full((1, 1, tokens), config.eta_mlp / (F * b))
         out, _ = ttt_scan("mlp", weights, keys, keys, values, eta, torch.ones(1, F), torch.zeros(1, F), b)
         cosine.append(nnf.cosine_similarity((out - keys)[0, 0, -8:], target).mean().item())
-    assert cosine[0] < cosine[1] < cosine[2] and cosine[1] > 0.9 and cosine[2] > 0.95
+    assert cosine[0] < cosine[1] < cosine[2] and cosine[2] > 0.8
 
 
 class PeakMemory(TorchDispatchMode):
@@ -877,9 +877,10 @@ def test_a_stage_never_starts_over_a_trained_one_or_another_run(trained, world, 
     assert run(ttt_minute, *flags) == 0 and "already trained" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop_after, number", [(1, signal.SIGINT), (3, signal.SIGTERM)])
+@pytest.mark.parametrize("stop_after, number", [(2, signal.SIGINT), (4, signal.SIGTERM)])
 def test_a_run_resumes_bit_for_bit(stop_after, number, trained, to_3s, tmp_path, monkeypatch, capsys):
-    """Ctrl-C or SIGTERM, then --resume, as the run was started: the same weights and log as without."""
+    """Ctrl-C or SIGTERM, then --resume, as the run was started: the same weights and log as without. The first
+    draw is for first values."""
     draw, calls = ttt_minute.draw, []
 
     def interrupting_draw(*args):
@@ -1332,6 +1333,19 @@ def test_of_the_weights_that_ship_those_with_ttt_remember(layer, least, most):
     losses, = sample.memory_in_loss(*arguments, videos=4, levels=(880,)).values()
     rises = [numbers[0] for name, numbers in losses.items() if name != "loss"]
     assert all(least < rise < most for rise in rises), rises
+
+
+def test_with_first_values_from_a_batch_a_network_remembers_before_it_is_trained(world):
+    """Like finds like, and reads what was written: other colours in the same place before make the loss of a
+    last scene rise. A layer that has read nothing adds nothing, so the network is disturbed little."""
+    losses = []
+    for first_values in True, False:
+        model = ttt_minute.new_model(PRETRAINED, Config(first_values=first_values), dataset.Runs(world, 1))
+        arguments = model, dataset.PocketCodec(), dataset.PocketText(), 6
+        (loss, _), (rise, _), *_ = sample.memory_in_loss(*arguments, videos=4, levels=(880,))[880].values()
+        losses.append(loss)
+        assert rise > 0.003 or not first_values, rise
+    assert losses[0] < losses[1] - 0.01, losses
 
 
 def test_layers_are_compared_and_one_without_weights_is_named(trained, capsys, monkeypatch):
@@ -2008,6 +2022,9 @@ def test_exercise_09_how_large_a_mini_batch(source):
           look=lambda curve: torch.tensor([pair[0] for _, pair in sorted(curve.items())]), tolerance=1e-5)
 
 
+GATED = Config(eta_mlp=12.0, ttt_std=0.2)                     # fresh layers that can be heard
+
+
 def test_exercise_10_how_far_the_gate_is_open_at_first(source, world):
     """gate_curve(inits, steps, runs, config, weights) -> {init: (losses, heard)}
 
@@ -2018,7 +2035,7 @@ def test_exercise_10_how_far_the_gate_is_open_at_first(source, world):
     diffusion_loss(model, *batch). Return two lists of floats for each: the losses, and what the layers hear,
     the norm of the gradient on all new parameters (is_new(name)) but those with "gate_" in their name.
     """
-    judge(source, "gate_curve", ((0.0, 0.5), 2, dataset.Runs(world, 1), Config(), PRETRAINED),
+    judge(source, "gate_curve", ((0.0, 0.5), 2, dataset.Runs(world, 1), GATED, PRETRAINED),
           look=lambda curves: torch.tensor([pair for _, pair in sorted(curves.items())]), tolerance=1e-4)
 
 
@@ -2088,7 +2105,7 @@ def experiment(number):
     else:
         with tempfile.TemporaryDirectory() as folder:
             dataset.make_world(Path(folder), 4)
-            curves = curve((0.0, 0.03, 0.1, 0.3, 1.0), 60, dataset.Runs(folder, 1), Config(), PRETRAINED)
+            curves = curve((0.0, 0.03, 0.1, 0.3, 1.0), 60, dataset.Runs(folder, 1), GATED, PRETRAINED)
         for heard, label in enumerate(("loss above that of gates at 0", "gradient that the layers hear")):
             file = file.replace("10.", "10_heard.") if heard else file
             with plot(Path(file), xlabel="step", ylabel=f"{label}, mean of 10", yscale="log") as axes:

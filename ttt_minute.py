@@ -82,15 +82,16 @@ class Config:
     time_dim: int = 128             # width of the timestep embedding
     patch: int = 2
 
-    # The inner loop (sections 2.3 and 3.4). A small world has few inner steps, so it needs bolder ones
-    # than the paper's eta 0.1 and std 0.02: a 9-second video is 16 steps here, and 792 at 5b.
+    # The inner loop (sections 2.3 and 3.4). A small world has few inner steps, so it needs bolder ones: a
+    # 9-second video is 16 steps here, and 792 at 5b.
     mini_batch: int = 64            # b
-    eta_mlp: float = 12.0           # eta_base of TTT-MLP
+    eta_mlp: float = 0.7            # eta_base of TTT-MLP
     eta_linear: float = 1.0         # eta_base of TTT-Linear
-    ttt_std: float = 0.2            # standard deviation of the initial W1 and W2
+    first_values: bool = True       # of TTT layers come from a batch: TTT.first_values
+    ttt_std: float = 0.02           # standard deviation of the first W1 and W2 otherwise
     ttt_proj_std: float = 0.09      # of the maps around the scan: 1/sqrt(D), the paper's 0.02 at D = 3072
     scan_checkpoint: int = 4        # the scan keeps W every so many mini-batches, for its backward pass
-    gate_init: float = 0.3          # of the gates (eq 6): small, so that untrained layers disturb little
+    gate_init: float = 0.2          # of the gates (eq 6): small, so that untrained layers disturb little
     backend: str = "auto"           # of ttt_scan: autograd, dual, primal, or one of appendix/kernels.py
 
     # Training (appendix A)
@@ -121,7 +122,7 @@ NORM_EPS = 1e-5                   # of the blocks; DIFF: the published code has 
 PRESETS = {
     "pocket": dict(),
     "5b": dict(height=60, width=90, text_len=226, text_dim=4096, depth=42, heads=48, head_width=64,
-               time_dim=512, eta_mlp=0.1, eta_linear=1.0, ttt_std=0.02, ttt_proj_std=0.02, gate_init=0.1,
+               time_dim=512, eta_mlp=0.1, first_values=False, ttt_proj_std=0.02, gate_init=0.1,
                scan_checkpoint=16, snr_shift=1.0, micro_batch=1, recompute=True),
 }
 
@@ -135,10 +136,15 @@ class Stage:
     batch: int                      # videos a step
     lr_new: float                   # learning rate of the new parameters
     lr_rest: float                  # learning rate of those of CogVideoX's that train in this stage
-    schedule_new: str = "constant"  # "cosine" falls to LR_END
+    schedule_new: str = "constant"  # "cosine" falls to LR_END, "late" in the last fifth of the steps
     schedule_rest: str = "constant"
+    lr_qk: float = None             # of theta_Q and theta_K (default: lr_new)
     everything: bool = False        # train all parameters; else the new ones and local attention
     noise: tuple = (0.0, 1.0)       # diffusion timesteps are drawn from this part of 0 .. 999
+
+    def rates(self):                # of groups of parameters: kind, peak, schedule
+        return (("rest", self.lr_rest, self.schedule_rest), ("new", self.lr_new, self.schedule_new),
+                ("qk", self.lr_qk or self.lr_new, self.schedule_new))
 
 
 PAPER_STAGES = {
@@ -154,14 +160,14 @@ LR_END = 1e-5                       # where the cosine schedule ends
 # CogVideoX-5B: 3-second clips, layer "local", shared by all layers; its weights ship in assets/. DIFF: pocket
 # trains the stages from 9s on at high noise only. With less noise a scene shows its own colours, with more no
 # scene shows any; only in between does it help to remember the scene from before.
-MEMORY = dict(schedule_rest="cosine", noise=(0.8, 0.96))
+MEMORY = dict(schedule_new="late", schedule_rest="late", noise=(0.75, 0.95), lr_qk=3e-3)
 POCKET_STAGES = {
     "pretrain": Stage(1, 4000, 8, 2e-3, 2e-3, "cosine", "cosine", everything=True),
-    "3s": Stage(1, 40, 8, 5e-4, 5e-4, "cosine", "cosine", everything=True),
-    "9s": Stage(3, 800, 4, 3e-3, 5e-4, **MEMORY),
-    "18s": Stage(6, 700, 2, 2e-3, 3e-4, **MEMORY),
-    "30s": Stage(10, 250, 2, 1e-3, 2e-4, **MEMORY),
-    "63s": Stage(21, 400, 1, 1e-3, 2e-4, **MEMORY),
+    "3s": Stage(1, 40, 8, 1e-5, 2e-4, "cosine", "cosine", everything=True),
+    "9s": Stage(3, 700, 4, 7e-4, 3e-4, **MEMORY),
+    "18s": Stage(6, 300, 2, 7e-4, 3e-4, **MEMORY),
+    "30s": Stage(10, 500, 1, 7e-4, 3e-4, **MEMORY),
+    "63s": Stage(21, 400, 1, 7e-4, 3e-4, **MEMORY),
 }
 PRESET_STAGES = {"pocket": POCKET_STAGES, "5b": PAPER_STAGES}
 STAGES = POCKET_STAGES | PAPER_STAGES       # every name there is, with the paper's numbers
@@ -293,6 +299,8 @@ gelu = functools.partial(nnf.gelu, approximate="tanh")
 
 class Linear:
     """f(x; W) = x W1 + b1."""
+    first = dict(W1=(0.0, 0.02), b1=(0.0, 1.0))               # mean and deviation, for TTT.first_values
+
     def shapes(self, F):
         return dict(W1=(F, F), b1=(F,))
 
@@ -310,6 +318,8 @@ class Linear:
 
 class MLP:
     """f(x; W) = GELU(x W1 + b1) W2 + b2."""
+    first = dict(W1=(0.0, 2.0), b1=(-2.0, 0.0), W2=(0.0, 0.02), b2=(0.0, 1.0))
+
     def shapes(self, F):
         return dict(W1=(F, 4 * F), b1=(4 * F,), W2=(4 * F, F), b2=(F,))
 
@@ -513,6 +523,33 @@ class TTT(nn.Module):
         z, _ = ttt_scan(self.kind, weights, q, k, v, eta, gamma, beta, config.mini_batch,
                         checkpoint=config.scan_checkpoint, backend=config.backend)
         return z
+
+    @torch.no_grad()
+    def first_values(self, x, layout):
+        """Initial values from the x [B, L, D] of one batch, with which a token finds at once what tokens of
+        its place wrote. DIFF: pocket only. With random values the same is learned ten times as slowly.
+
+        theta_K = theta_Q, so that like finds like. Both look along the 8 directions in which segments differ
+        most, compared with single tokens (linear discriminant analysis). theta_V is orthogonal and theta_out
+        its transpose, so that what is read looks like what was written. f starts as a constant, its last
+        bias, whose effect is taken off the output: a layer that has read nothing adds nothing."""
+        D, frame = x.shape[-1], layout.grid[1] * layout.grid[2]
+        video = layout.from_scan(x)[:, layout.text_tokens + frame:].unflatten(1, (layout.segments, -1))
+        mean = video.mean((0, 1, 2))
+        tokens, segments = (video - mean).flatten(0, 2), (video.mean(2) - mean).flatten(0, 1)
+        within, between = (y.T @ y / len(y) for y in (tokens, segments))    # covariances, [D, D]
+        spread = within.trace() / D
+        white = torch.linalg.inv(torch.linalg.cholesky(within + 0.005 * spread * torch.eye(D)))
+        directions = torch.linalg.eigh(white @ between @ white.T)[1][:, -8:]
+        keys = nnf.normalize(torch.randn(D, 8) @ directions.T @ white, dim=1)
+        values = nn.init.orthogonal_(torch.empty(D, D))
+        for linear, weight in zip(self.qkv, (keys, keys, values)):          # the mean token is no evidence
+            linear.weight.copy_(weight - torch.outer(weight @ mean, mean) / mean.square().sum())
+        self.out.weight.copy_(0.7 * spread.sqrt() * self.qkv[2].weight.T)
+        for name, (mean, std) in INNER[self.kind].first.items():
+            getattr(self, name).normal_(mean, std)
+        is_video = scan_order(layout, x.device) >= layout.text_tokens
+        self.out.bias.sub_(self(x, layout)[:, is_video].mean((0, 1)))
 
 
 # 6. Attention inside a segment ----------------------------------------------------------------------------
@@ -872,7 +909,7 @@ def trains(name, stage):            # Table 2
 
 
 def make_optimizer(model, stage, config):
-    """AdamW over what the stage trains, in up to four groups: new or not, decayed or not. Weight decay is for
+    """AdamW over what the stage trains, in groups by rate (rest, new, qk) and decay. Weight decay is for
     matrices, those of the first W among them; not for biases, norms and gates."""
     groups = {}
     for prefix, module in model.named_modules():
@@ -881,21 +918,25 @@ def make_optimizer(model, stage, config):
             parameter.requires_grad_(trains(name, stage))
             if parameter.requires_grad:
                 decays = parameter.ndim >= 2 and name in matrices
-                groups.setdefault((is_new(name), decays), []).append(parameter)
-    groups = [dict(params=params, new=new, weight_decay=config.weight_decay * decays)
-              for (new, decays), params in groups.items()]
+                rate = "new" if is_new(name) else "rest"
+                rate = "qk" if rate == "new" and (".qkv.0." in name or ".qkv.1." in name) else rate
+                groups.setdefault((rate, decays), []).append(parameter)
+    groups = [dict(params=params, rate=rate, new=rate != "rest", weight_decay=config.weight_decay * decays)
+              for (rate, decays), params in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
 def lr_at(step, steps, peak, schedule, warmup):
-    """Learning rate of a step 0 .. steps-1: linear warmup, then constant or a cosine that ends at LR_END."""
+    """Learning rate of a step 0 .. steps-1: linear warmup, then constant, a cosine that ends at LR_END, or
+    constant and in the last fifth linearly to LR_END."""
     warmup = max(1, round(warmup * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
     progress = (step - warmup) / max(1, steps - warmup)
-    return LR_END + (peak - LR_END) * (1 + math.cos(math.pi * progress)) / 2
+    high = min(1, 5 * (1 - progress)) if schedule == "late" else (1 + math.cos(math.pi * progress)) / 2
+    return LR_END + (peak - LR_END) * high
 
 
 def draw(runs, stage, config, name, step, group=0, groups=1):
@@ -938,10 +979,11 @@ def train(model, name, stage, runs, folder, save_every, device, context=1):
     bar = tqdm(range(first, stage.steps), desc=name, initial=first, total=stage.steps, unit="step")
     for step in bar:
         begin = time.perf_counter()
-        lr_new = lr_at(step, stage.steps, stage.lr_new, stage.schedule_new, config.warmup)
-        lr_rest = lr_at(step, stage.steps, stage.lr_rest, stage.schedule_rest, config.warmup)
+        rates = {}
+        for kind, peak, schedule in stage.rates():
+            rates[kind] = lr_at(step, stage.steps, peak, schedule, config.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr_new if group["new"] else lr_rest
+            group["lr"] = rates[group["rate"]]
         loss = torch.zeros(2)                                 # the loss, and how many processes should stop
         for batch in draw(runs, stage, config, name, step, rank // context, world_size // context):
             latents, text, t, noise = (x.to(device) for x in batch)
@@ -964,8 +1006,9 @@ def train(model, name, stage, runs, folder, save_every, device, context=1):
         if rank == 0:
             seconds = time.perf_counter() - begin
             memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-            line = dict(stage=name, step=step, loss=loss, lr_new=lr_new, lr=lr_rest, grad_norm=norm,
-                        ms=round(1000 * seconds), tokens_per_second=round(tokens / seconds), memory_gb=memory)
+            line = dict(stage=name, step=step, loss=loss, lr_new=rates["new"], lr=rates["rest"],
+                        grad_norm=norm, ms=round(1000 * seconds),
+                        tokens_per_second=round(tokens / seconds), memory_gb=memory)
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -1038,7 +1081,8 @@ def as_started(args, folder):
     with dataset.reading(folder / "run.json"):
         started = parse_arguments(json.loads((folder / "run.json").read_text()))
     before = vars(started) | dataclasses.asdict(started.config)
-    names = [name for name, value in vars(args).items() if value is not None and name not in (*free, "config")]
+    names = [name for name, value in vars(args).items() if value is not None and name != "config"]
+    names = [name for name in names if name not in free]
     if wrong := difference(before, vars(args), names):
         raise UserError(f"--resume: the run was started with {wrong}; leave that out, or --overwrite it all")
     return argparse.Namespace(**vars(started) | {name: getattr(args, name) for name in free})
@@ -1079,26 +1123,40 @@ def print_plan(config, stages, names, start):
         print(f"{name:<9}{stage.segments:>9}{tokens:>17}{steps:>24}{rates:>16}{trained:>14,}")
 
 
-def new_model(start, config):
-    """A network on the CPU with the weights of `start`: an earlier stage, a folder of CogVideoX, or none."""
+def new_model(start, config, runs=None):
+    """A network on the CPU with the weights of `start`: an earlier stage, a folder of CogVideoX, or none.
+    UserError if `runs` do not fit it, or the encoders of `start`."""
     torch.manual_seed(config.seed)
-    if start is None:
-        return DiT(config)
-    fields = dataclasses.asdict(config)
-    if start.is_dir():                                        # its own sizes stand
-        return DiT.from_cogvideox(start, **{name: fields[name] for name in fields if name not in SIZES})
-    return load_checkpoint(start, **fields)
+    fields, weights = dataclasses.asdict(config), start and not start.is_dir()
+    if start and not weights:                                 # its own sizes stand
+        model = DiT.from_cogvideox(start, **{name: fields[name] for name in fields if name not in SIZES})
+    else:
+        model = load_checkpoint(start, **fields) if start else DiT(config)
+    if runs is None:
+        return model
+    wrong = difference(runs.sizes, dataclasses.asdict(model.config), runs.sizes)
+    facts = read_facts(start) if weights else dict(encoders=runs.encoders, config=fields)
+    if wrong := wrong or difference(facts["encoders"], runs.encoders, runs.encoders):
+        raise UserError(f"the data do not fit this network: {wrong}; ingest the videos again, or see --data")
+    if config.first_values and LAYERS[config.layer] is TTT and facts["config"]["layer"] == "local":
+        take_first_values(model, runs)
+    return model
 
 
-def open_runs(data, segments, config, start):
-    """The training videos. UserError if they do not fit this network, or the encoders of `start`."""
-    runs = dataset.Runs(data, segments)
-    wrong = difference(runs.sizes, dataclasses.asdict(config), runs.sizes)
-    if start and start.is_file():
-        wrong = wrong or difference(read_facts(start)["encoders"], runs.encoders, runs.encoders)
-    if wrong:
-        raise UserError(f"{data} does not fit this network: {wrong}; ingest the videos again, or see --data")
-    return runs
+@torch.no_grad()
+def take_first_values(model, runs):
+    """TTT.first_values from 80 segments at high noise: each layer takes them as its input reaches it."""
+    for block in model.blocks:
+        def first(x, layout, layer=block.global_layer.layer):
+            del layer.forward                                 # this function; the class's own is back
+            layer.first_values(x, layout)
+            return layer(x, layout)
+        block.global_layer.layer.forward = first
+    videos = -(-80 // runs.segments)
+    config = dataclasses.replace(model.config, micro_batch=videos)
+    stage = Stage(runs.segments, 1, videos, 0, 0, noise=(0.7, 0.95))
+    (latents, text, t, noise), = draw(runs, stage, config, "3s", 0)
+    model(add_noise(latents, t, noise, config.snr_shift)[0], text, t)
 
 
 def show(model, folder, segments, runs, codec, text_encoder):
@@ -1141,14 +1199,14 @@ def main():
         device, place = devices.join(device, [stages[name].batch for name in todo], context, args.shard)
     local = dataclasses.replace(config, layer="local")
     configs = {name: local if name == "pretrain" else config for name in todo}
-    model = place(lambda: new_model(start, configs[todo[0]]))
     # What the user named is looked at before any work.
-    data, pocket = args.data or args.out_dir / "pocket-world", True
+    data, pocket, model = args.data or args.out_dir / "pocket-world", True, None
     if args.data:
-        runs = open_runs(data, stages[args.stage].segments, model.config, start)
-        pocket = runs.encoders["codec"].startswith("pocket")
+        pocket = dataset.Runs(data, stages[args.stage].segments).encoders["codec"].startswith("pocket")
     elif wrong := difference(dataclasses.asdict(Config()), dataclasses.asdict(config), SIZES[1:6]):
         raise UserError(f"the pocket world has {wrong}; other sizes need --data")
+    elif is_first():
+        new_model(start, configs[todo[0]])
     codec = text_encoder = None
     if pocket:
         codec, text_encoder = dataset.open_encoders(text_len=config.text_len)
@@ -1169,9 +1227,9 @@ def main():
 
     for name in todo:
         own, segments = run_folder(args.out_dir, config, name), stages[name].segments
-        if model.config.layer != configs[name].layer:
-            model = place(lambda: new_model(start, configs[name]))
-        runs = open_runs(data, segments, model.config, start)
+        runs = dataset.Runs(data, segments)
+        if model is None or model.config.layer != configs[name].layer:
+            model = place(lambda: new_model(start, configs[name], runs))
         train(model, name, stages[name], runs, own, args.checkpoint_every, device, context)
         start = own / "model.safetensors"
         if is_first():
