@@ -860,7 +860,6 @@ void ttt_backward_kernel(const __grid_constant__ Backward g) {
                 signal_empty(s.back, g.M - 1 - t);
             }
         }
-        warpgroup::sync(2 + role);
         if (const int column = thread(); rank() == 0 && column < F) {
             g.dfirst.b2[size_t(head()) * F + column] = s.dbias.b2[column];
             g.dgamma[size_t(head()) * F + column] = add_parts(s.dgamma, column);
