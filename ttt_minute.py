@@ -1203,6 +1203,8 @@ def main():
     data, pocket, model = args.data or args.out_dir / "pocket-world", True, None
     if args.data:
         pocket = dataset.Runs(data, stages[args.stage].segments).encoders["codec"].startswith("pocket")
+        runs = dataset.Runs(data, stages[todo[0]].segments)
+        model = place(lambda: new_model(start, configs[todo[0]], runs))
     elif wrong := difference(dataclasses.asdict(Config()), dataclasses.asdict(config), SIZES[1:6]):
         raise UserError(f"the pocket world has {wrong}; other sizes need --data")
     elif is_first():
